@@ -1,0 +1,5 @@
+import sys
+
+from visionmoe.cli import main
+
+sys.exit(main())

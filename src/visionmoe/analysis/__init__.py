@@ -1,0 +1,1 @@
+"""What the router does: recorded routings, statistics and figures."""

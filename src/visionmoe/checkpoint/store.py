@@ -1,0 +1,189 @@
+"""Checkpoints of our own runs: written beside, synced, renamed, and verified byte for byte when they are read.
+
+    RUN/checkpoints/step_00000123/
+        NAME.safetensors   tensors: the model's, the optimizer's, their average's
+        state.json         everything else: the step, counters, the optimizer's scalars
+        manifest.json      SHA-256 and size of every other file, and a SHA-256 of itself
+
+A folder of that name is complete: it was renamed into place after everything in it had reached the disk. A file that
+changed since (one flipped bit) is found by its checksum and named. No pickle anywhere.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from visionmoe.checkpoint.errors import CheckpointError, MissingFileError
+from visionmoe.files import read_json, sha256, sync, write_json
+
+FOLDER = "checkpoints"
+_STEP_NAME = re.compile(r"step_(\d{8,})$")
+_NOT_YET = ".partial-"  # prefix of folders that are being written
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run needs to go on: groups of tensors by name (as "model", "optimizer", "ema"), and plain JSON values."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save_run_state(
+    run_dir: str | os.PathLike,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep_last: int | None = None,
+) -> Path:
+    """Writes checkpoint `step` and returns its folder; afterwards only the `keep_last` newest are kept (None: all).
+
+    At no moment is there a folder of that name that is not complete. An older one of the same step is replaced.
+    """
+    if keep_last is not None and keep_last < 1:
+        raise ValueError(f"keep_last must be >= 1, got {keep_last}")
+    parent = Path(run_dir) / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    _clear_partial(parent)
+    temporary = parent / f"{_NOT_YET}{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        for name, group in tensors.items():
+            save_file({k: v.detach().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
+        write_json(temporary / "state.json", {"step": step, **state})
+        files = sorted(temporary.iterdir())
+        for path in files:
+            sync(path)
+        entries = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files}
+        manifest = {"step": step, "files": entries}
+        write_json(temporary / "manifest.json", {**manifest, "sha256": _own_digest(manifest)})
+        final = parent / f"step_{step:08d}"
+        if final.exists():  # a run that fell back to an older checkpoint comes by here again
+            final.rename(parent / f"{_NOT_YET}{uuid.uuid4().hex}")
+        temporary.rename(final)
+        sync(parent)
+    finally:
+        _clear_partial(parent)
+    if keep_last is not None:
+        for _, path in list_checkpoints(run_dir)[:-keep_last]:
+            shutil.rmtree(path)
+    return final
+
+
+def list_checkpoints(run_dir: str | os.PathLike) -> list[tuple[int, Path]]:
+    """(step, folder) of all checkpoints of a run, oldest first, good or damaged."""
+    parent = Path(run_dir) / FOLDER
+    names = parent.iterdir() if parent.is_dir() else ()
+    found = [(int(m[1]), path) for path in names if (m := _STEP_NAME.fullmatch(path.name))]
+    return sorted(found)
+
+
+def verify(path: str | os.PathLike) -> list[Path]:
+    """Compares every file of a checkpoint with its manifest; returns the files, the manifest left out.
+
+    CheckpointError (a ValueError) names the first file that is missing or not as it was written.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise MissingFileError(f"{file} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{file} is damaged: {file.stat().st_size} bytes, expected {entry['bytes']}")
+        if sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one that was written")
+    return [path / name for name in manifest["files"]]
+
+
+def load_run_state(path: str | os.PathLike, device: str | torch.device = "cpu") -> RunState:
+    """Verifies and reads one checkpoint folder; CheckpointError (a ValueError) names a damaged file."""
+    path = Path(path)
+    files = [file for file in verify(path) if file.suffix == ".safetensors"]
+    state = read_json(path / "state.json")
+    try:
+        tensors = {file.stem: load_file(file, device=str(device)) for file in files}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return RunState(step=state.pop("step"), tensors=tensors, state=state)
+
+
+def latest_good(run_dir: str | os.PathLike) -> Path | None:
+    """The newest checkpoint whose files are all as they were written, None where a run has none yet.
+
+    Damaged ones are skipped with a warning that names the file. CheckpointError when all are damaged.
+    """
+    damaged = []
+    for _, path in reversed(list_checkpoints(run_dir)):
+        try:
+            verify(path)
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+            continue
+        for message in damaged:
+            warnings.warn(f"{message}; going on from {path.name}", stacklevel=2)
+        return path
+    if damaged:
+        raise CheckpointError(f"no good checkpoint in {Path(run_dir) / FOLDER}: {damaged[0]}")
+    return None
+
+
+def split_optimizer_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A torch optimizer's state_dict as tensors ("3.mu") and JSON values; `join_optimizer_state` is the inverse."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for number, values in state_dict["state"].items():
+        scalars[str(number)] = {}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value
+            else:
+                scalars[str(number)][name] = value
+    return tensors, {"scalars": scalars, "param_groups": list(state_dict["param_groups"])}
+
+
+def join_optimizer_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict whose two parts `split_optimizer_state` gave."""
+    state: dict[int, dict[str, Any]] = {int(number): dict(own) for number, own in values["scalars"].items()}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state[int(number)][name] = tensor
+    return {"state": state, "param_groups": values["param_groups"]}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise MissingFileError(f"{file} is missing")
+    try:
+        manifest = read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    digest = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
+    if digest is None or digest != _own_digest(manifest):
+        raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one that was written")
+    return manifest
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _clear_partial(parent: Path) -> None:
+    """Removes what a process that was killed while it wrote has left. One process writes to a run at a time."""
+    for path in parent.glob(f"{_NOT_YET}*"):
+        shutil.rmtree(path, ignore_errors=True)

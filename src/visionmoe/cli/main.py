@@ -1,0 +1,115 @@
+"""Entry point: finds the command, parses its options, and turns every user's mistake into one line and exit code 2."""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from visionmoe import __version__
+from visionmoe.cli import options
+from visionmoe.cli.parse import UsageError, closest, one_line, parse
+
+# command -> (its options, the module whose function `run(options)` does it)
+COMMANDS = {
+    "train": (options.Train, "visionmoe.cli.training"),
+    "finetune": (options.Finetune, "visionmoe.cli.training"),
+    "evaluate": (options.Evaluate, "visionmoe.cli.evaluation"),
+    "sweep": (options.Sweep, "visionmoe.cli.evaluation"),
+    "convert": (options.Convert, "visionmoe.cli.convert"),
+    "info": (options.Info, "visionmoe.cli.info"),
+}
+# top-level module -> the extra that installs it
+EXTRAS = {
+    "matplotlib": "figures",
+    "tensorboard": "tensorboard",
+    "timm": "timm",
+    "datasets": "data",
+    "pyarrow": "data",
+}
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {one_line(record.getMessage())}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0 when it did what was asked, 2 for a user's mistake, 130 for Ctrl-C, else 1.
+
+    With the environment variable VISIONMOE_DEBUG set, errors keep their traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
+    try:
+        if name in ("", "-h", "--help", "help"):
+            print(_help())
+            return DONE if name else MISTAKE
+        if name == "--version":
+            print(f"visionmoe {__version__}")
+            return DONE
+        return _run(name, arguments[1:])
+    except KeyboardInterrupt:
+        print("\nvisionmoe: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as in `visionmoe info ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("VISIONMOE_DEBUG") or not _is_mistake(error):
+            raise
+        command = f"visionmoe {name}" if name in COMMANDS else "visionmoe"
+        print(f"{command}: {_message(error)}", file=sys.stderr)
+        return MISTAKE
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}; {closest(name, COMMANDS)}")
+    kind, module = COMMANDS[name]
+    chosen = parse(kind, arguments, prog=f"visionmoe {name}")
+    if chosen is None:  # --help was asked for and printed
+        return DONE
+    _log_to_stderr()
+    return importlib.import_module(module).run(chosen) or DONE
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {kind.__doc__.splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: visionmoe COMMAND [OPTIONS]",
+            "",
+            "Sparse vision transformers (V-MoE): train, evaluate, convert, and choose the compute at run time.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`visionmoe COMMAND --help` lists the options of a command, `visionmoe --version` prints the version.",
+        ]
+    )
+
+
+def _is_mistake(error: BaseException) -> bool:
+    """False for a module that is missing although no extra provides it: that is a fault of the installation."""
+    return not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] in EXTRAS
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        module = (error.name or "").partition(".")[0]
+        return f"this needs {module}, which is not installed: pip install 'visionmoe[{EXTRAS[module]}]'"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return one_line(f"{error.filename}: {error.strerror}")
+    return one_line(str(error) or type(error).__name__)
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("visionmoe")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_OneLine())
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False

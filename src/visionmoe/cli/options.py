@@ -1,0 +1,154 @@
+"""The options of every command. No torch here: this is imported at start-up."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Switch = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}")]
+ModelPath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+Assignments = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="NAME=VALUE")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model from a recipe or a config file."""
+
+    recipe: Text = None
+    """Recipe to start from (fashion_mnist, ...); the default is fashion_mnist, or what --config says."""
+    config: File = None
+    """config.json of an earlier run, to repeat it."""
+    out: Folder = None
+    """Folder of the run. Default: runs/RECIPE."""
+    data: Text = None
+    """Training and test images: fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME."""
+    model: Text = None
+    """Model name, such as vmoe_b16_e8_every2, in the place of the recipe's."""
+    steps: Integer = None
+    """Length of the run in steps."""
+    epochs: Number = None
+    """Length of the run in passes over the training images."""
+    assignments: Assignments = ()
+    """Any field of the run's config, e.g. optimizer.learning_rate.peak_value=0.001. May be repeated."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tune a trained model: new head, and any resolution."""
+
+    path: ModelPath
+    """A run, a folder that save_pretrained wrote, a released checkpoint's name, or its PREFIX with --model-config."""
+    data: Text = None
+    """Images, as for train."""
+    recipe: str = "finetune"
+    """Recipe to start from."""
+    model_config: File = None
+    """config.json of a released PREFIX."""
+    out: Folder = None
+    """Folder of the run. Default: runs/RECIPE."""
+    steps: Integer = None
+    """Length of the run in steps."""
+    epochs: Number = None
+    """Length of the run in passes over the training images."""
+    assignments: Assignments = ()
+    """Any field of the run's config. May be repeated."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Accuracy of a trained model on labelled images."""
+
+    path: ModelPath
+    """A run, a folder that save_pretrained wrote, a released checkpoint's name, or its PREFIX with --config."""
+    data: str = "fashion-mnist"
+    """fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME."""
+    split: str = "test"
+    """Part of the data, e.g. test or train[99%:]."""
+    config: File = None
+    """config.json of a released PREFIX."""
+    num_selected_experts: Integer = None
+    """Experts per token (K) in the place of the model's own."""
+    capacity_factor: Number = None
+    """Capacity factor in the place of the model's own."""
+    batch_priority: Switch = None
+    """Batch-priority routing in the place of the model's own order."""
+    batch_size: int = 128
+    """Images per forward pass."""
+    workers: int = 0
+    """Processes that decode images."""
+    bf16: bool = False
+    """Compute in bfloat16 where that is safe."""
+    device: Text = None
+    """cpu, cuda, ... Default: a GPU where there is one."""
+    out: Path = Path("out/evaluate")
+    """Where results.json goes."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Accuracy against compute: the same weights at many routing settings."""
+
+    path: ModelPath
+    """A trained model, as for evaluate."""
+    data: str = "fashion-mnist"
+    """Images, as for evaluate."""
+    split: str = "test"
+    """Part of the data."""
+    config: File = None
+    """config.json of a released PREFIX."""
+    capacity_factors: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+    """Capacity factors to try."""
+    num_selected_experts: tuple[int, ...] = ()
+    """Experts per token (K) to try. Default: the model's own."""
+    order: Literal["vanilla", "batch-priority", "both"] = "both"
+    """Which tokens find a place first: by position, or by the router's confidence."""
+    batch_size: int = 128
+    """Images per forward pass; they compete for the experts' places."""
+    workers: int = 0
+    """Processes that decode images."""
+    bf16: bool = False
+    """Compute in bfloat16 where that is safe."""
+    device: Text = None
+    """cpu, cuda, ... Default: a GPU where there is one."""
+    out: Path = Path("out/sweep")
+    """Where results.json and accuracy_vs_compute.png go."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint from the released format to safetensors, or back."""
+
+    path: ModelPath
+    """PREFIX of a released checkpoint (PREFIX.index); with --to vmoe, a folder that convert or save_pretrained wrote."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder to write."""
+    config: File = None
+    """The model's config.json: ours, or the reference's own with its image_size."""
+    to: Literal["safetensors", "vmoe"] = "safetensors"
+    """Format to write."""
+    shards: int = 1
+    """Number of data files with --to vmoe."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Parameters, operations, layers and routing of a model."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A model name (vmoe_b16_e8_every2), a config.json, or a folder that save_pretrained wrote."""
+    image_size: Integer = None
+    """Pixels, in the place of the model's own size."""
+    num_classes: Integer = None
+    """Classes, in the place of the model's own number."""
+    out: Path = Path("out/info")
+    """Where results.json goes."""

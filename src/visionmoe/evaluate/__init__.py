@@ -1,0 +1,1 @@
+"""Evaluation of models: classification, and accuracy against compute."""

@@ -1,0 +1,1 @@
+"""The model: pure routing functions, and thin modules that hold the parameters."""

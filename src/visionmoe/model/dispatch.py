@@ -1,0 +1,50 @@
+"""Tokens to the experts and back. Two ways, equal to float rounding; memory grows with S*K, never with S*E*C.
+
+segments: the kept requests are sorted by expert and each expert runs on its contiguous rows. Cost follows the kept
+requests; the number of rows depends on the data, so the host must know it.
+buffers: every expert has G*C places, empty ones are zero rows. Shapes are static: compilation, graphs, export.
+"""
+
+import torch
+from torch import Tensor
+
+from visionmoe.model.experts import Experts
+from visionmoe.model.routing import Routing
+
+
+def run_segments(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """Weighted sum of each token's kept experts; 0 for a token with none. (N, D) -> (N, D), N = G*S."""
+    request = routing.kept.view(-1).nonzero().squeeze(1)  # kept ones, of (G*R,)
+    expert = routing.expert_index.reshape(-1)[request]
+    request = request[torch.argsort(expert, stable=True)]
+    token = flat_tokens(routing)[request]
+    counts = torch.bincount(expert, minlength=routing.num_experts).tolist()
+    rows = experts.segments(tokens.index_select(0, token), counts)
+    weights = routing.combine_weights.reshape(-1)[request]
+    return _combine(rows, token, weights, len(tokens))
+
+
+def run_buffers(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """The same as `run_segments`, over all E*G*C places. (N, D) -> (N, D), N = G*S."""
+    groups = routing.token_index.shape[0]
+    num_slots = routing.num_experts * groups * routing.capacity
+    group = torch.arange(groups, device=tokens.device)[:, None]
+    slot = (routing.expert_index * groups + group) * routing.capacity + routing.buffer_index  # (G, R) in (E, G, C)
+    slot = torch.where(routing.kept, slot, num_slots).view(-1)  # dropped requests meet in one place behind the end
+    empty = torch.full((num_slots + 1,), len(tokens), dtype=torch.int64, device=tokens.device)
+    token = empty.scatter(0, slot, flat_tokens(routing))[:-1]
+    weights = routing.combine_weights.new_zeros(num_slots + 1).scatter(0, slot, routing.combine_weights.reshape(-1))
+    padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])  # row N: what an empty place holds
+    rows = experts.buffers(padded.index_select(0, token).view(routing.num_experts, -1, tokens.shape[1]))
+    return _combine(rows.flatten(0, 1), token, weights[:-1], len(tokens) + 1)[:-1]
+
+
+def flat_tokens(routing: Routing) -> Tensor:
+    """Each request's token in the whole batch. (G, R) -> (G*R,) with values below G*S."""
+    group = torch.arange(routing.token_index.shape[0], device=routing.token_index.device)[:, None]
+    return (routing.token_index + group * routing.num_tokens).view(-1)
+
+
+def _combine(rows: Tensor, token: Tensor, weights: Tensor, num_tokens: int) -> Tensor:
+    weighted = rows * weights[:, None].to(rows.dtype)
+    return weighted.new_zeros(num_tokens, rows.shape[1]).index_add(0, token, weighted)

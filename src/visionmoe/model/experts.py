@@ -1,0 +1,55 @@
+"""The experts of one MoE layer: E MLPs of the same shape, their weights stacked on axis 0."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ExpertLinear(nn.Module):
+    """E linear layers. weight (E, out, in): `weight[e]` is a `torch.nn.Linear`'s weight; bias (E, out)."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+
+    @torch.no_grad()
+    def reset_parameters(self, split_rngs: bool) -> None:
+        """Xavier-uniform weights, normal(1e-6) biases; the same for all experts unless `split_rngs`."""
+        for weight, bias in zip(self.weight, self.bias, strict=True):
+            nn.init.xavier_uniform_(weight)
+            nn.init.normal_(bias, std=1e-6)
+        if not split_rngs:
+            self.weight.copy_(self.weight[:1].expand_as(self.weight))
+            self.bias.copy_(self.bias[:1].expand_as(self.bias))
+
+
+class Experts(nn.Module):
+    """E two-layer MLPs with tanh GELU (arXiv 2106.05974, section 2.2), run in one of two equal ways."""
+
+    def __init__(self, num_experts: int, hidden_size: int, mlp_dim: int, dropout_rate: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = ExpertLinear(num_experts, hidden_size, mlp_dim)
+        self.fc2 = ExpertLinear(num_experts, mlp_dim, hidden_size)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def reset_parameters(self, split_rngs: bool) -> None:
+        self.fc1.reset_parameters(split_rngs)
+        self.fc2.reset_parameters(split_rngs)
+
+    def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by expert, `counts[e]` of them for expert e. (N, D) -> (N, D)."""
+        weights = zip(*(p.unbind() for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)),
+                      strict=True)  # fmt: skip
+        outputs = []
+        for segment, (weight1, bias1, weight2, bias2) in zip(rows.split(counts), weights, strict=True):
+            if len(segment):
+                hidden = self.dropout(F.gelu(F.linear(segment, weight1, bias1), approximate="tanh"))
+                outputs.append(F.linear(hidden, weight2, bias2))
+        return self.dropout(torch.cat(outputs)) if outputs else rows
+
+    def buffers(self, rows: Tensor) -> Tensor:
+        """Every expert's whole buffer at once, static shapes. (E, N, D) -> (E, N, D)."""
+        hidden = torch.matmul(rows, self.fc1.weight.transpose(1, 2)) + self.fc1.bias[:, None]
+        hidden = self.dropout(F.gelu(hidden, approximate="tanh"))
+        return self.dropout(torch.matmul(hidden, self.fc2.weight.transpose(1, 2)) + self.fc2.bias[:, None])

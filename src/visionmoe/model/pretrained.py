@@ -1,0 +1,174 @@
+"""A model as a directory: config.json (config and preprocessing) and model.safetensors."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from visionmoe.config import ModelConfig, from_dict, to_dict
+from visionmoe.files import atomic_write, read_json
+
+FORMAT = "visionmoe-1"
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+_READ_BYTES = 8 << 20
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input: resized to (height, width), scaled to [0, 1], then (x - mean) / std.
+
+    resize: "exact" to the size whatever the aspect ratio, or "small": the smaller side, then a crop of the centre.
+    """
+
+    image_size: tuple[int, int]
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: Literal["bilinear"] = "bilinear"
+    antialias: bool = False
+    resize: Literal["exact", "small"] = "exact"
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Preprocessing":
+        """The reference's evaluation preprocessing: pixels in [-1, 1], bilinear without antialiasing."""
+        half = (0.5,) * config.in_channels
+        return cls(image_size=config.image_hw, mean=half, std=half)
+
+
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """The contents of config.json."""
+
+    model: ModelConfig
+    preprocessing: Preprocessing | None = None
+    format: str = FORMAT
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """shape and dtype of a tensor in a file, and the offset of its bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """The tensors of a model.safetensors, still on disk, by name."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    def read_into(self, state: Mapping[str, Tensor]) -> None:
+        """Fills tensors (contiguous, on the CPU, of the stored shapes) that the file has; dtypes are converted."""
+        with open(self.path, "rb", buffering=0) as stream:
+            for name, target in state.items():
+                stored = self.tensors[name]
+                stream.seek(stored.offset)
+                flat = target.view(-1)
+                step = max(1, _READ_BYTES // stored.dtype.itemsize)
+                for start in range(0, flat.numel(), step):
+                    part = flat[start : start + step]
+                    part.copy_(_read_values(stream, part.numel(), stored.dtype, self.path))
+
+
+def write_pretrained(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    preprocessing: Preprocessing | None = None,
+) -> None:
+    """Writes config.json and model.safetensors beside and renames them, config.json last.
+
+    preprocessing: by default the reference's for evaluation.
+    """
+    directory = Path(directory)
+    written = PretrainedConfig(config, preprocessing or Preprocessing.of(config))
+    # Tensors that share memory (safetensors refuses them) or are views get memory of their own.
+    tensors = {name: _own(tensor) for name, tensor in state.items()}
+    with contextlib.ExitStack() as stack:  # leaves in reverse order: config.json is renamed last
+        text = json.dumps(to_dict(written), indent=1) + "\n"
+        stack.enter_context(atomic_write(directory / CONFIG_NAME)).write_text(text, encoding="utf-8")
+        save_file(tensors, stack.enter_context(atomic_write(directory / WEIGHTS_NAME)), metadata={"format": "pt"})
+        # Old weights must not be read with the new config, should the renaming be interrupted.
+        (directory / CONFIG_NAME).unlink(missing_ok=True)
+
+
+def read_pretrained_config(directory: str | os.PathLike) -> PretrainedConfig:
+    """Reads DIR/config.json (or the file itself); ValueError naming it when it is not one of ours."""
+    path = Path(directory)
+    path = path / CONFIG_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: no model was saved there")
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a model's config: its format must be {FORMAT!r}")
+    try:
+        return from_dict(PretrainedConfig, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def open_pretrained_weights(directory: str | os.PathLike) -> PretrainedWeights:
+    """Reads the header of DIR/model.safetensors; ValueError naming the file when it is cut or not one."""
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: no model was saved there")
+    try:
+        with safe_open(path, "pt"):  # checks the header, and that offsets and the file's size agree
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
+    with open(path, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, allowed: {', '.join(_DTYPES)}")
+            offset = 8 + size + entry["data_offsets"][0]
+            tensors[name] = StoredTensor(tuple(entry["shape"]), _DTYPES[entry["dtype"]], offset)
+    return PretrainedWeights(path, tensors)
+
+
+def read_pretrained_state(directory: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of DIR/model.safetensors with their stored dtypes, in memory of their own."""
+    weights = open_pretrained_weights(directory)
+    state = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in weights.tensors.items()}
+    weights.read_into(state)
+    return state
+
+
+def _read_values(stream: BinaryIO, count: int, dtype: torch.dtype, path: Path) -> Tensor:
+    data = bytearray(count * dtype.itemsize)
+    view = memoryview(data)
+    while view:
+        done = stream.readinto(view)  # type: ignore[attr-defined]
+        if not done:
+            raise ValueError(f"{path} ends too early")
+        view = view[done:]
+    return torch.frombuffer(data, dtype=dtype)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == math.prod(tensor.shape) * tensor.dtype.itemsize
+    return tensor if whole else tensor.clone()

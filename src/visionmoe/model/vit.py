@@ -1,0 +1,297 @@
+"""The Vision Transformer and its sparse form, V-MoE (arXiv 2010.11929, 2106.05974), with timm's names."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionmoe.config import ModelConfig
+from visionmoe.model.moe import MoE, SoftMoE
+from visionmoe.model.position import PatchEmbed, sincos2d
+from visionmoe.model.pretrained import write_pretrained
+from visionmoe.model.router import lecun_normal_
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """logits (B*M, classes), or features when the model has no head; auxiliary_loss (), to be added to the main loss;
+    metrics by "blocks.i.name", detached: importance_loss, gshard_loss, load_loss (G,) or (G, M), expert_load (E,),
+    dropped (), entropy ()."""
+
+    logits: Tensor
+    auxiliary_loss: Tensor
+    metrics: dict[str, Tensor]
+    ensemble_size: int = 1
+
+    def predictions(self) -> Tensor:
+        """Class probabilities (B, classes): softmax, averaged over the members of an ensemble (arXiv 2110.03360)."""
+        probs = torch.softmax(self.logits.float(), dim=-1)
+        return probs.view(-1, self.ensemble_size, probs.shape[-1]).mean(dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; qkv rows are all queries, then keys, then values, each head by head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.num_heads = config.num_heads
+        self.dropout_rate = config.attention_dropout_rate
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = qk_norms(config)
+        self.proj = nn.Linear(dim, dim)
+
+    def reset_parameters(self) -> None:
+        for weight in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D/H)
+        q, k, v = qkv.unbind()
+        rate = self.dropout_rate if self.training else 0.0
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=rate)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with tanh GELU between them."""
+
+    def __init__(self, hidden_size: int, mlp_dim: int, dropout_rate: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, hidden_size)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def reset_parameters(self) -> None:
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.normal_(layer.bias, std=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x), approximate="tanh"))))
+
+
+class AttentionPool(nn.Module):
+    """Attention pooling ("MAP head"): a learned probe attends over the tokens. (B, T, D) -> (B, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.num_heads = config.num_heads
+        self.latent = nn.Parameter(torch.empty(1, 1, dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.q_norm, self.k_norm = qk_norms(config)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, config.mlp_dim)
+
+    def reset_parameters(self) -> None:
+        for weight in (self.latent[0], self.q.weight, *self.kv.weight.chunk(2), self.proj.weight):
+            nn.init.xavier_uniform_(weight)
+        for layer in (self.q, self.kv, self.proj):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        q = self.q(self.latent).view(1, 1, self.num_heads, -1).transpose(1, 2).expand(batch, -1, -1, -1)
+        kv = self.kv(x).view(batch, tokens, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (2, B, H, T, D/H)
+        k, v = kv.unbind()
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        out = self.proj(out.transpose(1, 2).reshape(batch, dim))
+        return out + self.mlp(self.norm(out))
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block whose MLP may be a sparse layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        dim, mlp_dim, moe = config.hidden_size, config.mlp_dim, config.moe
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp: Mlp | MoE | SoftMoE
+        if layer not in moe.layers:
+            self.mlp = Mlp(dim, mlp_dim, config.dropout_rate)
+        elif moe.router == "soft":
+            self.mlp = SoftMoE(moe, config.num_tokens, dim, mlp_dim)
+        else:
+            self.mlp = MoE(moe, layer, dim, mlp_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """(B, T, D) -> tokens, auxiliary loss () of a sparse layer or None, metrics."""
+        x = x + self.dropout(self.attn(self.norm1(x)))
+        y = self.mlp(self.norm2(x))
+        if isinstance(y, Tensor):
+            return x + y, None, {}
+        return x + y.tokens, y.auxiliary_loss, y.metrics
+
+
+class VisionTransformer(nn.Module):
+    """ViT or V-MoE as `config` says. Images (B, C, H, W), float in [-1, 1]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.hidden_size
+        self.patch_embed = PatchEmbed(config.in_channels, config.patch_hw, dim)
+        if config.pooling == "token":
+            self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        if config.pos_embed == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, dim))
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        if config.pooling == "map":
+            self.attn_pool = AttentionPool(config)
+        width = config.representation_size or dim
+        self.pre_logits = nn.Linear(dim, width) if config.representation_size else nn.Identity()
+        self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
+        self.reset_parameters()
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the blocks with a sparse layer, counted from 0."""
+        return tuple(sorted(self.config.moe.layers))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch's; marks attention parameters with `num_heads`, which Adafactor needs and their shapes hide."""
+        for name, param in super().named_parameters(*args, **kwargs):
+            if ".attn." in name or "attn_pool." in name:
+                param.num_heads = self.config.num_heads  # type: ignore[attr-defined]
+            yield name, param
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialises all parameters as the reference does: Xavier-uniform encoder, zero head."""
+        for module in self.modules():
+            if isinstance(module, PatchEmbed | Attention | Mlp | AttentionPool | MoE | SoftMoE):
+                module.reset_parameters()
+        if self.config.pooling == "token":
+            nn.init.zeros_(self.cls_token)
+        if self.config.pos_embed == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+        if isinstance(self.pre_logits, nn.Linear):
+            lecun_normal_(self.pre_logits.weight, fan_in=self.pre_logits.in_features)
+            nn.init.zeros_(self.pre_logits.bias)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, self.config.head_bias_init)
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        tokens, auxiliary_loss, metrics = self._encode(images)
+        return ModelOutput(self.forward_head(tokens), auxiliary_loss, metrics, self.config.ensemble_size)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens after the final norm. (B, C, H, W) -> (B*M, T, D)."""
+        return self._encode(images)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling and head. (B, T, D) -> (B, classes), or the features before the head with `pre_logits`."""
+        if self.config.pooling == "token":
+            x = x[:, 0]
+        elif self.config.pooling == "gap":
+            x = x.mean(dim=1)
+        else:
+            x = self.attn_pool(x)
+        if self.config.representation_size:
+            x = torch.tanh(self.pre_logits(x))
+        return x if pre_logits else self.head(x)
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        x = self.dropout(self._embed(images))
+        auxiliary_loss = torch.zeros((), device=x.device)
+        metrics = {}
+        for i, block in enumerate(self.blocks):
+            if i == min(self.config.moe.layers, default=None) and self.config.ensemble_size > 1:
+                x = x.repeat_interleave(self.config.ensemble_size, dim=0)
+            x, loss, layer_metrics = block(x)
+            if loss is not None:
+                auxiliary_loss = auxiliary_loss + loss
+            metrics |= {f"blocks.{i}.{name}": value for name, value in layer_metrics.items()}
+        return self.norm(x), auxiliary_loss, metrics
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, D), class token first, positions added."""
+        x, grid = self.patch_embed(images)
+        config = self.config
+        if config.pos_embed == "sincos2d":
+            x = x + sincos2d(grid, config.hidden_size, x.device).to(x.dtype)
+        if config.pooling == "token":
+            x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        if config.pos_embed == "learned":
+            if x.shape[1] != self.pos_embed.shape[1]:
+                raise ValueError(
+                    f"images must be {config.image_hw[0]} x {config.image_hw[1]} pixels for this model's learned "
+                    f"positions, got {images.shape[-2]} x {images.shape[-1]}; load it with image_size=... to resize them"
+                )
+            x = x + self.pos_embed
+        return x
+
+    def set_routing(
+        self,
+        num_selected_experts: int | None = None,
+        capacity_factor: float | None = None,
+        batch_priority: bool | None = None,
+        layers: list[int] | tuple[int, ...] | None = None,
+    ) -> None:
+        """Changes how tokens are routed, on trained weights, at any time; None leaves a value as it is.
+
+        layers: numbers of blocks with a sparse layer, None: all of them. The change is part of `config` and saved
+        with the model. ValueError for a dense or Soft MoE model or a value that does not fit.
+        """
+        given = {"num_selected_experts": num_selected_experts, "capacity_factor": capacity_factor,
+                 "batch_priority": batch_priority}  # fmt: skip
+        given = {k: v for k, v in given.items() if v is not None}
+        moe = self.config.moe
+        if not moe.layers or moe.router == "soft":
+            raise ValueError(f"set_routing needs a model with sparse layers, got {self.config.moe.router!r} routing "
+                             f"in layers {self.moe_layers}")  # fmt: skip
+        wrong = set(layers or ()) - set(moe.layers)
+        if wrong:
+            raise ValueError(f"layers must be among {self.moe_layers}, got {sorted(wrong)}")
+        chosen = self.moe_layers if layers is None else layers
+        per_layer = dict(moe.layer_routing)
+        for layer in chosen:
+            if layers is not None or layer in per_layer:
+                per_layer[layer] = dataclasses.replace(moe.routing(layer), **given)
+        common = given if layers is None else {}
+        moe = dataclasses.replace(moe, **common, layer_routing=per_layer)
+        self.config = dataclasses.replace(self.config, moe=moe)
+        for layer in self.moe_layers:
+            self.blocks[layer].mlp.setting = moe.routing(layer)
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes config.json and model.safetensors, from which `visionmoe.load` makes this model again."""
+        write_pretrained(directory, self.config, self.state_dict())
+
+
+def qk_norms(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """LayerNorm without bias over the head dimension for queries and keys, or nothing."""
+    if not config.attention_qk_norm:
+        return nn.Identity(), nn.Identity()
+    size = config.hidden_size // config.num_heads
+    return nn.LayerNorm(size, eps=1e-6, bias=False), nn.LayerNorm(size, eps=1e-6, bias=False)
+
+
+def create_model(config: ModelConfig | str, **overrides: Any) -> VisionTransformer:
+    """Builds a model from a config or a name such as "vmoe_b16_e8_every2" (`visionmoe.list_models`).
+
+    overrides: any option of `ModelConfig` or `MoEConfig`, e.g. num_classes, image_size, capacity_factor.
+    Weights are random; `visionmoe.load` reads trained ones.
+    """
+    from visionmoe.variants import get_config
+
+    config = get_config(config) if isinstance(config, str) else config
+    return VisionTransformer(config.replace(**overrides))

@@ -1,0 +1,111 @@
+"""Translation of the model configs of the JAX reference (google-research/vmoe) to `ModelConfig`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from visionmoe.config import check_names
+
+# Options that only say how the reference computes, not what: accepted, without effect here.
+_HINTS = {"partition_spec", "einsum_precision", "precision", "bfloat16", "dtype", "compute_similarity_metrics"}
+_MODEL_CLASSES = ("VisionTransformerMoe", "VisionTransformerMoeEnsemble")
+_ROUTERS = {
+    "NoisyTopExpertsPerItemRouter": "top_k",
+    "NoisyTopExpertsPerItemEnsembleRouter": "top_k",
+    "NoisyTopItemsPerExpertRouter": "expert_choice",
+    "SoftRouter": "soft",
+}
+# The reference's own defaults, where they differ from ours (its routers weigh the losses with 1).
+_ROUTER_DEFAULTS = {
+    "top_k": {"num_selected_experts": 1, "importance_loss_weight": 1.0, "load_loss_weight": 1.0},
+    "expert_choice": {"num_selected_experts": 1},
+    "soft": {"num_selected_experts": 1, "capacity_factor": 1.0, "noise_std": 0.0},
+}
+
+
+def translate(reference: Mapping[str, Any], image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
+    """Returns the options of `ModelConfig` as a dict.
+
+    image_size: pixels, where the reference's config, which has none, is not enough (learned positions).
+    Raises ValueError for an option that is not known or that this package cannot honour.
+    """
+    model = dict(reference)
+    name = str(model.pop("name", _MODEL_CLASSES[0])).rpartition(".")[2]
+    if name not in _MODEL_CLASSES:
+        raise ValueError(f"the reference's model must be one of {', '.join(_MODEL_CLASSES)}, got {name!r}")
+    image_size = model.pop("image_size", image_size)
+    if image_size is None:
+        raise ValueError("the reference's config has no image_size: give image_size=PIXELS")
+    encoder = dict(model.pop("encoder", {}))
+    out = {
+        "image_size": image_size,
+        "pooling": {"0": "token"}.get(model.get("classifier", "token"), model.get("classifier", "token")),
+        **_take(model, "num_classes patch_size hidden_size representation_size head_bias_init"),
+        **_take(encoder, "num_layers mlp_dim num_heads dropout_rate attention_dropout_rate attention_qk_norm"),
+        "pos_embed": _position(dict(encoder.pop("position_emb", None) or {})),
+        "moe": _moe(
+            dict(encoder.pop("moe", None) or {}),
+            ensemble=name.endswith("Ensemble"),
+            dropout_rate=encoder.get("dropout_rate", 0.0),
+        ),
+    }
+    _must_be(model, "head_kernel_zero_init", True)
+    _finish("the reference's model", model, "num_classes patch_size hidden_size representation_size head_bias_init "
+            "classifier head_kernel_zero_init")  # fmt: skip
+    _finish("the reference's encoder", encoder, "num_layers mlp_dim num_heads dropout_rate attention_dropout_rate "
+            "attention_qk_norm")  # fmt: skip
+    return out
+
+
+def _position(position: dict[str, Any]) -> str:
+    name = position.pop("name", "learned")
+    _must_be(position, "temperature", 10_000)
+    _finish("position_emb", position, "temperature h w")
+    return name
+
+
+def _moe(moe: dict[str, Any], *, ensemble: bool, dropout_rate: float) -> dict[str, Any]:
+    if not moe:
+        return {}
+    router = dict(moe.pop("router", None) or {})
+    full_name = router.pop("name", "NoisyTopExpertsPerItemRouter")
+    kind = _ROUTERS.get(str(full_name).rpartition(".")[2])
+    if kind is None:
+        raise ValueError(f"the reference's router must be one of {', '.join(_ROUTERS)}, got {full_name!r}")
+    dispatcher = dict(router.pop("dispatcher", None) or {})
+    out = {
+        "router": kind,
+        **_ROUTER_DEFAULTS[kind],
+        "expert_dropout_rate": moe.pop("dropout_rate", dropout_rate),
+        **_take(moe, "num_experts layers split_rngs"),
+        **({} if kind == "soft" else _take(moe, "group_size")),
+        **_take(router, "num_selected_experts noise_std importance_loss_weight load_loss_weight gshard_loss_weight "
+                "num_slots capacity_factor"),  # fmt: skip
+        **_take(dispatcher, "capacity_factor batch_priority capacity_ceil_or_round capacity_multiple_of"),
+    }
+    if kind == "soft":  # slots come from the group: the reference rounds, without a multiple
+        out |= {"capacity_ceil_or_round": "round", "capacity_multiple_of": None}
+        out["capacity_factor"] = out["capacity_factor"] or 1.0
+        out["group_size"] = moe.get("group_size", "image")
+    if kind == "expert_choice":
+        out["num_selected_experts"] = 1
+    if ensemble:
+        out["ensemble_size"] = moe.pop("ensemble_size")
+    _finish("the reference's moe", moe, "num_experts layers group_size split_rngs")
+    _finish("the reference's router", router, "num_selected_experts noise_std importance_loss_weight "
+            "load_loss_weight gshard_loss_weight num_slots capacity_factor")  # fmt: skip
+    _finish("the reference's dispatcher", dispatcher, "name capacity_factor batch_priority capacity_ceil_or_round "
+            "capacity_multiple_of")  # fmt: skip
+    return out
+
+
+def _take(options: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names.split() if name in options}
+
+
+def _must_be(options: dict[str, Any], name: str, value: Any) -> None:
+    if options.get(name, value) != value:
+        raise ValueError(f"{name} must be {value} (the only value that is supported), got {options[name]!r}")
+
+
+def _finish(what: str, options: dict[str, Any], known: str) -> None:
+    check_names(what, options, {*known.split(), *_HINTS})
