@@ -7,6 +7,13 @@ from visionmoe.config import check_names
 
 # Options that only say how the reference computes, not what: accepted, without effect here.
 _HINTS = {"partition_spec", "einsum_precision", "precision", "bfloat16", "dtype", "compute_similarity_metrics"}
+_MODEL_OPTIONS = "num_classes patch_size hidden_size representation_size head_bias_init"
+_ENCODER_OPTIONS = "num_layers mlp_dim num_heads dropout_rate attention_dropout_rate attention_qk_norm"
+_ROUTER_OPTIONS = (
+    "num_selected_experts noise_std importance_loss_weight load_loss_weight gshard_loss_weight num_slots "
+    "capacity_factor"
+)
+_DISPATCHER_OPTIONS = "capacity_factor batch_priority capacity_ceil_or_round capacity_multiple_of"
 _MODEL_CLASSES = ("VisionTransformerMoe", "VisionTransformerMoeEnsemble")
 _ROUTERS = {
     "NoisyTopExpertsPerItemRouter": "top_k",
@@ -15,7 +22,7 @@ _ROUTERS = {
     "SoftRouter": "soft",
 }
 # The reference's own defaults, where they differ from ours (its routers weigh the losses with 1).
-_ROUTER_DEFAULTS = {
+_ROUTER_DEFAULTS: dict[str, dict[str, Any]] = {
     "top_k": {"num_selected_experts": 1, "importance_loss_weight": 1.0, "load_loss_weight": 1.0},
     "expert_choice": {"num_selected_experts": 1},
     "soft": {"num_selected_experts": 1, "capacity_factor": 1.0, "noise_std": 0.0},
@@ -39,8 +46,8 @@ def translate(reference: Mapping[str, Any], image_size: int | tuple[int, int] | 
     out = {
         "image_size": image_size,
         "pooling": {"0": "token"}.get(model.get("classifier", "token"), model.get("classifier", "token")),
-        **_take(model, "num_classes patch_size hidden_size representation_size head_bias_init"),
-        **_take(encoder, "num_layers mlp_dim num_heads dropout_rate attention_dropout_rate attention_qk_norm"),
+        **_take(model, _MODEL_OPTIONS),
+        **_take(encoder, _ENCODER_OPTIONS),
         "pos_embed": _position(dict(encoder.pop("position_emb", None) or {})),
         "moe": _moe(
             dict(encoder.pop("moe", None) or {}),
@@ -49,10 +56,8 @@ def translate(reference: Mapping[str, Any], image_size: int | tuple[int, int] | 
         ),
     }
     _must_be(model, "head_kernel_zero_init", True)
-    _finish("the reference's model", model, "num_classes patch_size hidden_size representation_size head_bias_init "
-            "classifier head_kernel_zero_init")  # fmt: skip
-    _finish("the reference's encoder", encoder, "num_layers mlp_dim num_heads dropout_rate attention_dropout_rate "
-            "attention_qk_norm")  # fmt: skip
+    _finish("the reference's model", model, f"{_MODEL_OPTIONS} classifier head_kernel_zero_init")
+    _finish("the reference's encoder", encoder, _ENCODER_OPTIONS)
     return out
 
 
@@ -78,9 +83,8 @@ def _moe(moe: dict[str, Any], *, ensemble: bool, dropout_rate: float) -> dict[st
         "expert_dropout_rate": moe.pop("dropout_rate", dropout_rate),
         **_take(moe, "num_experts layers split_rngs"),
         **({} if kind == "soft" else _take(moe, "group_size")),
-        **_take(router, "num_selected_experts noise_std importance_loss_weight load_loss_weight gshard_loss_weight "
-                "num_slots capacity_factor"),  # fmt: skip
-        **_take(dispatcher, "capacity_factor batch_priority capacity_ceil_or_round capacity_multiple_of"),
+        **_take(router, _ROUTER_OPTIONS),
+        **_take(dispatcher, _DISPATCHER_OPTIONS),
     }
     if kind == "soft":  # slots come from the group: the reference rounds, without a multiple
         out |= {"capacity_ceil_or_round": "round", "capacity_multiple_of": None}
@@ -91,10 +95,8 @@ def _moe(moe: dict[str, Any], *, ensemble: bool, dropout_rate: float) -> dict[st
     if ensemble:
         out["ensemble_size"] = moe.pop("ensemble_size")
     _finish("the reference's moe", moe, "num_experts layers group_size split_rngs")
-    _finish("the reference's router", router, "num_selected_experts noise_std importance_loss_weight "
-            "load_loss_weight gshard_loss_weight num_slots capacity_factor")  # fmt: skip
-    _finish("the reference's dispatcher", dispatcher, "name capacity_factor batch_priority capacity_ceil_or_round "
-            "capacity_multiple_of")  # fmt: skip
+    _finish("the reference's router", router, _ROUTER_OPTIONS)
+    _finish("the reference's dispatcher", dispatcher, f"name {_DISPATCHER_OPTIONS}")
     return out
 
 

@@ -70,6 +70,4 @@ def _table() -> dict[str, ModelConfig]:
 
 def _vit(size: str, patch: int) -> ModelConfig:
     layers, hidden_size, mlp_dim, heads = SIZES[size]
-    return ModelConfig(
-        patch_size=patch, num_layers=layers, hidden_size=hidden_size, mlp_dim=mlp_dim, num_heads=heads
-    )
+    return ModelConfig(patch_size=patch, num_layers=layers, hidden_size=hidden_size, mlp_dim=mlp_dim, num_heads=heads)

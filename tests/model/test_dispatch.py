@@ -14,7 +14,7 @@ def run_plain(tokens, routing, experts):
     """Every expert on every token, weighted by the dense combine weights. (N, D) -> (N, D)."""
     _, combine = routing.to_dense()
     weights = combine.sum(-1).flatten(0, 1)  # (G, S, E, C) -> (N, E)
-    everywhere = experts.buffers(tokens.expand(routing.num_experts, -1, -1))  # (E, N, D)
+    everywhere = experts(tokens.expand(routing.num_experts, -1, -1))  # (E, N, D)
     return torch.einsum("ne,end->nd", weights, everywhere)
 
 

@@ -99,7 +99,7 @@ def test_against_reference_routing_table(conformance):
     cases = {name.split("/")[0] for name in table.files}
     assert cases
     for case in cases:
-        groups, tokens, experts, k, factor, priority = table[f"{case}/params"]
+        _, tokens, experts, k, factor, priority = table[f"{case}/params"]
         capacity = routing.compute_capacity(int(tokens * k), int(experts), factor)
         result = routing.top_k_routing(torch.from_numpy(table[f"{case}/gates"]), int(k), capacity, bool(priority))
         dispatch, combine = result.to_dense()
@@ -113,9 +113,8 @@ def test_against_reference_capacity_table(conformance):
     for row in table["rows"]:
         case = dict(zip(columns, row, strict=True))
         rounding = "ceil" if case["ceil"] else "round"
-        actual = routing.compute_capacity(
-            int(case["num_tokens"]), int(case["num_experts"]), case["capacity_factor"], rounding, int(case["multiple_of"])
-        )
+        tokens, experts, multiple_of = (int(case[name]) for name in ("num_tokens", "num_experts", "multiple_of"))
+        actual = routing.compute_capacity(tokens, experts, case["capacity_factor"], rounding, multiple_of)
         assert actual == case["capacity"], case
 
 

@@ -12,12 +12,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from visionmoe.evaluate.adaptive import SweepPoint
 from visionmoe.files import atomic_write
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -65,7 +66,7 @@ def learning_curves(
         axes[1].plot(train["step"], smooth(train["accuracy"]), color=_BLUE, label="training batches")
         axes[1].plot(evaluations["step"], evaluations["top1"], "o-", color=_ORANGE, markersize=5, label="test images")
         axes[1].set(title="Accuracy", xlabel="step", ylim=(None, 1.0))
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[1].legend(loc="lower right")
         for axis, (layer, loads) in zip(axes[2:], expert_load.items(), strict=True):
             _load_panel(axis, layer, train["step"], np.asarray(loads))
@@ -101,7 +102,7 @@ def accuracy_against_compute(path: str | os.PathLike, points: Sequence[SweepPoin
         left.set(title=title or "Accuracy when experts have fewer places", xlabel="capacity factor", ylabel="top-1")
         left.invert_xaxis()
         right.set(title="Accuracy against compute", xlabel="million operations per image")
-        left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        left.yaxis.set_major_formatter(PercentFormatter(1.0))
         right.legend(loc="lower right")
         _save(figure, path)
 
@@ -120,8 +121,8 @@ def kept_patches(
     """
     with matplotlib.rc_context({**_STYLE, "axes.grid": False, "axes.titleweight": "normal"}):
         rows, columns = len(images), 1 + len(capacity_factors)
-        figure = Figure(figsize=(1.15 * columns, 1.15 * rows + 0.7), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
+        layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+        figure = Figure(figsize=(1.15 * columns, 1.15 * rows + 0.7), layout=layout)
         grid = figure.subplots(rows, columns, squeeze=False)
         for row, image in enumerate(images):
             pictures = [shaded(image, None), *(shaded(image, mask[row]) for mask in kept)]
@@ -158,7 +159,7 @@ def experts_by_class(
             axis.tick_params(length=0)
         bar = figure.colorbar(picture, ax=list(axes), shrink=0.9, pad=0.02)
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
         _save(figure, path)
 

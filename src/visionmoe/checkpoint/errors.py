@@ -7,3 +7,8 @@ class CheckpointError(ValueError):
 
 class MissingFileError(CheckpointError, FileNotFoundError):
     """A file of a checkpoint is not there."""
+
+
+def printable(text: str) -> str:
+    """`text` as one line: a broken file's names may hold anything."""
+    return "".join(character if character.isprintable() else "?" for character in text)

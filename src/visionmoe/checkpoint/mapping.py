@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visionmoe.checkpoint.errors import printable
 from visionmoe.checkpoint.names import axis_sizes, rules
 from visionmoe.checkpoint.vmoe_format import Block
 from visionmoe.config import ModelConfig
@@ -155,4 +156,4 @@ def _order(ours: str, reference: str) -> list[int]:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return printable(", ".join(names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from visionmoe.checkpoint.errors import CheckpointError
+from visionmoe.checkpoint.errors import CheckpointError, printable
 
 MAX_DEPTH = 64
 _MAX_SCALAR_BYTES = 1 << 20  # names and small payloads; far above any real one
@@ -48,7 +48,9 @@ class Cursor:
         self.stream, self.path, self.position, self.stop = stream, path, start, stop
 
     def fail(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is not a valid checkpoint file: {reason} (near byte {self.position})")
+        return CheckpointError(
+            f"{self.path} is not a valid checkpoint file: {printable(reason)} (near byte {self.position})"
+        )
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes."""

@@ -120,7 +120,8 @@ def open_source(
     """Finds out what `path` is; reads descriptions only. See `visionmoe.load`."""
     path = os.fspath(path)
     prefix = path.removesuffix(".index")
-    if os.path.isdir(path):
+    has_index = os.path.isfile(f"{prefix}.index")
+    if os.path.isfile(os.path.join(path, CONFIG_NAME)) or (os.path.isdir(path) and not has_index):
         if config is not None:
             raise ValueError(f"{path} is a directory with a config of its own; config is for checkpoint prefixes")
         return DirectorySource(Path(path))
@@ -129,7 +130,7 @@ def open_source(
         if config is None:
             raise ValueError(f"{path} needs config=: a ModelConfig or a config.json")
         return ReferenceSource(reader, resolve_config(config))
-    if not os.path.isfile(f"{prefix}.index"):
+    if not has_index:
         if path not in PUBLISHED:
             raise FileNotFoundError(
                 f"{path!r} is neither a directory, nor a checkpoint (no {prefix}.index), nor a published name; "

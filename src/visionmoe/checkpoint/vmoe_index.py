@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from visionmoe.checkpoint.errors import CheckpointError, MissingFileError
+from visionmoe.checkpoint.errors import CheckpointError, MissingFileError, printable
 from visionmoe.checkpoint.msgpack_stream import Cursor, Token, decode, text
 
 NDARRAY, COMPLEX, SCALAR, SHAPED_ARRAY, SLICE, SLICE_ND, INDEX_INFO = 1, 2, 3, 4, 5, 6, 8
@@ -120,7 +120,8 @@ def scan(prefix: str | os.PathLike, leaves: Sequence[Leaf], shard_count: int) ->
                 expected.remove((piece.leaf, piece.box))
                 pieces.append(piece)
         if expected:
-            raise CheckpointError(f"{path} lacks a piece of {leaves[min(expected)[0]].name} that the index promises")
+            name = printable(leaves[min(expected)[0]].name)
+            raise CheckpointError(f"{path} lacks a piece of {name} that the index promises")
     return pieces
 
 

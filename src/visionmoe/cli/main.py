@@ -76,7 +76,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10} {kind.__doc__.splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
+    lines = [f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: visionmoe COMMAND [OPTIONS]",

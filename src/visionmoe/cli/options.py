@@ -21,7 +21,7 @@ class Train:
     """Train a model from a recipe or a config file."""
 
     recipe: Text = None
-    """Recipe to start from (fashion_mnist, ...); the default is fashion_mnist, or what --config says."""
+    """Recipe: fashion_mnist (the default), cifar10_small, cifar10_small_dense, imagenet21k or imagenet1k."""
     config: File = None
     """config.json of an earlier run, to repeat it."""
     out: Folder = None
@@ -49,7 +49,7 @@ class Finetune:
     data: Text = None
     """Images, as for train."""
     recipe: str = "finetune"
-    """Recipe to start from."""
+    """Recipe: finetune, finetune_imagenet or finetune_cifar10."""
     model_config: File = None
     """config.json of a released PREFIX."""
     out: Folder = None
@@ -82,7 +82,9 @@ class Evaluate:
     """Capacity factor in the place of the model's own."""
     batch_priority: Switch = None
     """Batch-priority routing in the place of the model's own order."""
-    batch_size: int = 128
+    image_size: Integer = None
+    """Pixels, in the place of the model's own size; position embeddings are resized."""
+    batch_size: int = 256
     """Images per forward pass."""
     workers: int = 0
     """Processes that decode images."""
@@ -112,7 +114,7 @@ class Sweep:
     """Experts per token (K) to try. Default: the model's own."""
     order: Literal["vanilla", "batch-priority", "both"] = "both"
     """Which tokens find a place first: by position, or by the router's confidence."""
-    batch_size: int = 128
+    batch_size: int = 256
     """Images per forward pass; they compete for the experts' places."""
     workers: int = 0
     """Processes that decode images."""
@@ -129,7 +131,7 @@ class Convert:
     """Convert a checkpoint from the released format to safetensors, or back."""
 
     path: ModelPath
-    """PREFIX of a released checkpoint (PREFIX.index); with --to vmoe, a folder that convert or save_pretrained wrote."""
+    """PREFIX of a released checkpoint (PREFIX.index), a .npz, or a folder that convert or save_pretrained wrote."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder to write."""
     config: File = None

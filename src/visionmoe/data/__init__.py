@@ -1,4 +1,4 @@
-"""Images: sources, preprocessing, augmentation and batches. Names are imported when first used, because torch is slow."""
+"""Images: sources, preprocessing, augmentation and batches. Names are imported on first use: torch is slow."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -13,7 +13,7 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target", "y", 
 
 
 def pick_columns(where: str, schema: pa.Schema, image: str | None, label: str | None) -> tuple[str, str]:
-    """The names of the image and the label column: those asked for, else those that the schema leaves no doubt about."""
+    """The names of the image and the label column: those asked for, else what the schema leaves no doubt about."""
     images = [field.name for field in schema if _holds_images(field.type)]
     labels = [field.name for field in schema if _holds_labels(field.type)]
     return _pick(where, "image", image, images, _IMAGE_NAMES, schema), _pick(
@@ -26,7 +26,7 @@ def class_labels(
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """The label columns of all splits -> int64 labels per split, and the class names.
 
-    Text labels become their place among the sorted texts of all splits. Raises ValueError for missing and negative labels.
+    Text labels become their place among the sorted texts of all splits. Missing and negative labels are ValueErrors.
     """
     missing = [split for split, column in columns.items() if column.null_count]
     if missing:

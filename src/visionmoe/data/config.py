@@ -17,9 +17,10 @@ class DataConfig:
     crop: what training makes of an image before the flip: "inception" (random area from crop_area_min to 1, aspect 3/4
     to 4/3), "pad" (resized, crop_padding black pixels around it, random crop) or "resize" (resized only).
     randaugment_ops, randaugment_magnitude: the reference's RandAugment(ops, magnitude); 0 ops: none.
-    mixup_alpha: concentration of the mixing weights, 0: no mixup. The training step mixes (`mixup.mixup`), not the loader.
+    mixup_alpha: concentration of the mixing weights, 0: no mixup. The training step mixes, not the loader.
     eval_resize: None resizes to image_size (the reference's way); a number resizes the smaller side to it and crops the
-    centre. max_broken: share of broken images that stops a run. max_pixels: an image that declares more counts as broken.
+    centre.
+    max_broken: share of broken images that stops a run. max_pixels: an image that declares more counts as broken.
     cache_mb: memory in which decoded images of small data sets are kept, 0: none.
     """
 

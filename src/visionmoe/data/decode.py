@@ -10,7 +10,7 @@ from PIL import Image
 from visionmoe.data.config import MAX_PIXELS
 
 # Listed, because Pillow also opens formats that start other programs (EPS) or that nobody trains on.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
 
@@ -41,11 +41,11 @@ def decode_image(data: bytes | np.ndarray | Image.Image, channels: int = 3, max_
     except Image.UnidentifiedImageError:
         raise BrokenImageError("not an image in a known format") from None
     except Exception as error:  # Pillow raises whatever its decoder stumbles over: SyntaxError, struct.error, ...
-        raise BrokenImageError(_one_line(error)) from None
+        raise BrokenImageError(one_line(error)) from None
 
 
 def read_image(path: str | Path, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Reads and decodes an image file to uint8 (H, W, channels). Raises OSError, or BrokenImageError naming the file."""
+    """Reads and decodes an image file to uint8 (H, W, channels). Raises OSError or BrokenImageError."""
     try:
         return decode_image(Path(path).read_bytes(), channels, max_pixels)
     except BrokenImageError as error:
@@ -61,7 +61,7 @@ def _from_pillow(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _from_array(pixels: np.ndarray, channels: int) -> np.ndarray:
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
         raise BrokenImageError(f"must be uint8 (H, W), (H, W, 1) or (H, W, 3), got {pixels.dtype} {pixels.shape}")
     if not pixels.size:
         raise BrokenImageError(f"has no pixels: shape {pixels.shape}")
@@ -73,5 +73,6 @@ def _from_array(pixels: np.ndarray, channels: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: object) -> str:
+    """The text of an error without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

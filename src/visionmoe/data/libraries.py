@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from visionmoe.data.columns import class_labels, pick_columns
+from visionmoe.data.decode import one_line
 from visionmoe.data.sources import DEFAULT_CACHE, Source
 from visionmoe.data.splits import canonical_name, parse_split
 
@@ -55,8 +56,7 @@ def open_torchvision(
     try:
         dataset = cls(str(place), **options)
     except RuntimeError as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"torchvision:{name} in {place}: {line}; '?download=1' downloads it") from None
+        raise ValueError(f"torchvision:{name} in {place}: {one_line(error)}; '?download=1' downloads it") from None
     return TorchvisionSource(dataset, f"torchvision:{name} {which}"), start, stop
 
 
@@ -88,7 +88,7 @@ def open_huggingface(
     except (ValueError, OSError):
         raise
     except Exception as error:  # datasets and huggingface_hub have many errors of their own
-        raise ValueError(f"hf:{name}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"hf:{name}: {one_line(error)}") from None
     by_name = {canonical_name(key): key for key in splits}
     which, start, stop = parse_split(split, by_name)
     table = splits[by_name[which]]

@@ -23,7 +23,7 @@ def mixup(images: Tensor, labels: Tensor, alpha: float, generator: torch.Generat
 
 
 def step_generator(seed: int, step: int, purpose: str = "mixup", device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator that follows from (seed, step, purpose) alone, so that a resumed run draws what it would have drawn."""
+    """A generator that follows from (seed, step, purpose) alone: a resumed run draws what it would have drawn."""
     state = np.random.SeedSequence([seed, step, *purpose.encode()]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from visionmoe.data.decode import one_line
 from visionmoe.data.sources import Source
 from visionmoe.data.splits import canonical_name, parse_split
 
 try:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from visionmoe.data.columns import class_labels, metadata_class_names, pick_columns
@@ -40,19 +42,19 @@ class ParquetSource(Source):
                 self._start.append(self._start[-1] + meta.row_group(group).num_rows)
                 size += meta.row_group(group).total_byte_size
         self._limit = len(self._group) if size <= WHOLE_BYTES else KEPT_GROUPS
-        self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._kept: OrderedDict[int, dict[str, pa.ChunkedArray]] = OrderedDict()
 
     def read(self, index: int) -> bytes:
         number = bisect.bisect_right(self._start, index) - 1
-        cell = self._column(number)[index - self._start[number]].as_py()
-        if isinstance(cell, bytes):
-            return cell
-        cell = cell or {}
-        if cell.get("bytes") is not None:
-            return cell["bytes"]
-        if not cell.get("path"):
+        row = index - self._start[number]
+        group = self._read(number)
+        data = group["bytes"][row].as_py()
+        path = group["path"][row].as_py() if data is None and "path" in group else None
+        if path:
+            return (self.files[self._group[number][0]].parent / path).read_bytes()
+        if data is None:
             raise OSError("the row holds no image")
-        return (self.files[self._group[number][0]].parent / cell["path"]).read_bytes()
+        return data
 
     def name(self, index: int) -> str:
         number = bisect.bisect_right(self._start, index) - 1
@@ -60,13 +62,20 @@ class ParquetSource(Source):
         first = next(s for s, (f, _) in zip(self._start, self._group, strict=False) if f == file)
         return f"{self.files[file]} row {index - first}"
 
-    def _column(self, number: int) -> "pa.ChunkedArray":
-        """The images of a row group. Opened anew each time: worker processes must not share a file's position."""
+    def _read(self, number: int) -> "dict[str, pa.ChunkedArray]":
+        """The columns "bytes" and, where there is one, "path" of a row group."""
         if number not in self._kept:
             file, group = self._group[number]
-            parquet = _open(self.files[file])
-            # Threads of Arrow do not survive the fork that makes a worker process.
-            self._kept[number] = parquet.read_row_group(group, columns=[self.column], use_threads=False).column(0)
+            try:  # Opened anew: processes must not share a file's position. No threads: Arrow's do not survive fork.
+                table = _open(self.files[file]).read_row_group(group, columns=[self.column], use_threads=False)
+            except (pa.ArrowException, ValueError, OSError) as error:
+                raise OSError(f"row group {group} cannot be read: {one_line(error)}") from None
+            column = table.column(0)
+            if pa.types.is_struct(column.type):
+                fields = [column.type.field(i).name for i in range(column.type.num_fields)]
+                self._kept[number] = {f: pc.struct_field(column, f) for f in ("bytes", "path") if f in fields}
+            else:
+                self._kept[number] = {"bytes": column}
             if len(self._kept) > self._limit:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(number)
@@ -128,5 +137,5 @@ def _label_column(files: list[Path], label: str) -> "pa.ChunkedArray":
 def _open(file: Path) -> "pq.ParquetFile":
     try:
         return pq.ParquetFile(file, memory_map=False)
-    except pa.ArrowException as error:
-        raise ValueError(f"{file} is not a readable parquet file: {' '.join(str(error).split())}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a readable parquet file: {one_line(error)}") from None

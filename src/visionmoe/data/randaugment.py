@@ -1,6 +1,6 @@
 """RandAugment (arXiv 1909.13719) in the reference's scale: RandAugment(2, 10) here is RandAugment(2, 10) there.
 
-The reference calls the TPU repository's code, in which magnitude 10 is the full strength of an operation and larger ones
+The reference calls the TPU repository's code, where magnitude 10 is the full strength of an operation and larger ones
 go on in proportion. torchvision's class has other operations and reaches the same full strength (30 degrees, shear 0.3,
 factor 1.9) at the last of its 31 bins: its magnitude is 3 times the reference's, and the reference's 20 is out of its
 range. So the operations are torchvision's, the choice among them and their strengths the reference's, with these
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F  # noqa: N812
+from torchvision.transforms.v2 import functional as F
 
 GREY = [128.0]  # what fills the places that an operation uncovers
 FULL = 10.0  # the magnitude of full strength

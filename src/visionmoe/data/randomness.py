@@ -1,4 +1,4 @@
-"""Random numbers that follow from (seed, epoch, index) alone, whichever process asks for them, and in whatever order."""
+"""Random numbers that follow from (seed, epoch, index) alone, whichever process asks, and in whatever order."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def sample_keys(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarra
 
 def uniform(keys: np.ndarray, draw: int) -> np.ndarray:
     """Draw number `draw` of every key: float64 (B,) in [0, 1)."""
-    bits = _scramble(keys + np.uint64(draw) * _GOLDEN)
+    bits = _scramble(keys + np.uint64(draw * int(_GOLDEN) % 2**64))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

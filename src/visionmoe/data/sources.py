@@ -10,7 +10,7 @@ from PIL import Image
 
 from visionmoe.config import check_names
 from visionmoe.data.config import MAX_PIXELS
-from visionmoe.data.decode import SUFFIXES, BrokenImageError, decode_image
+from visionmoe.data.decode import SUFFIXES, BrokenImageError, decode_image, one_line
 from visionmoe.data.splits import canonical_name, parse_split, slice_indices
 
 KINDS = "fashion-mnist, folder:PATH, parquet:PATH, torchvision:NAME, hf:NAME"
@@ -43,7 +43,7 @@ class Source(ABC):
         try:
             return decode_image(self.read(index), channels, max_pixels)
         except OSError as error:
-            raise BrokenImageError(error.strerror or str(error)) from None
+            raise BrokenImageError(one_line(error.strerror or error)) from None
 
 
 class Slice(Source):
@@ -80,7 +80,7 @@ class FolderSource(Source):
     def __init__(self, root: Path, files: list[str], labels: np.ndarray, class_names: tuple[str, ...]):
         super().__init__(labels, class_names)
         self.root = root
-        # One array instead of millions of str: worker processes would copy every page whose reference counts they touch.
+        # One array instead of millions of str: workers would copy every page whose reference counts they touch.
         self.files = np.array([os.fsencode(file) for file in files])
 
     def read(self, index: int) -> bytes:

@@ -19,13 +19,17 @@ def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     x, y = x[None, :, None], y[:, None, None]
 
     def across(rows: np.ndarray) -> np.ndarray:  # (height, W, C) -> (height, width, C)
-        a, b = rows[:, left].astype(F32), rows[:, right].astype(F32)
+        a, b = rows.take(left, axis=1).astype(F32), rows.take(right, axis=1).astype(F32)
         b -= a
         b *= x
         b += a
         return b
 
-    upper, lower = across(image[top]), across(image[bottom])
+    if image.shape[0] < 2 * height:  # cheaper, because rows are shared
+        rows = across(image)
+        upper, lower = rows.take(top, axis=0), rows.take(bottom, axis=0)
+    else:
+        upper, lower = across(image.take(top, axis=0)), across(image.take(bottom, axis=0))
     lower -= upper
     lower *= y
     lower += upper
@@ -62,7 +66,7 @@ def centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def evaluation_pixels(image: np.ndarray, image_hw: tuple[int, int], smaller_size: int | None = None) -> np.ndarray:
-    """uint8 (H, W, C) -> (h, w, C) in 0 .. 255: uint8, or float32 with smaller_size (whose resizing does not truncate)."""
+    """uint8 (H, W, C) -> (h, w, C) in 0 .. 255: uint8; float32 with smaller_size, as `resize_area` keeps fractions."""
     if smaller_size is None:
         return resize_bilinear(image, *image_hw)
     return centre_crop(resize_small(image, smaller_size), *image_hw)
@@ -110,7 +114,9 @@ def inception_crop(
     return 0, 0, height, width
 
 
-def pad_crop_flip(images: np.ndarray, padding: int, tops: np.ndarray, lefts: np.ndarray, flips: np.ndarray) -> np.ndarray:
+def pad_crop_flip(
+    images: np.ndarray, padding: int, tops: np.ndarray, lefts: np.ndarray, flips: np.ndarray
+) -> np.ndarray:
     """Shifts every image of (B, H, W, C) inside a black frame of `padding` pixels and mirrors some of them.
 
     tops, lefts: int (B,) in 0 .. 2 * padding, where the crop begins. flips: bool (B,).

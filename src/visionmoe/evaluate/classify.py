@@ -62,8 +62,8 @@ class Totals:
 class ClassificationEvaluator:
     """Built once for a loader, then called with a model as often as wanted; returns a dict of plain numbers.
 
-    loader: yields (images (B,C,H,W), labels (B,), indices (B,)); its attribute `broken`, where it has one, lists the
-        images that could not be read.
+    loader: yields (images (B,C,H,W), labels (B,), indices (B,)); its attribute `broken`, where it has one, maps the
+        names of images that could not be read to the reasons.
     loss: "softmax" is -log of the predicted probability of the label (an ensemble's members averaged), "sigmoid" the
         sum over the classes of the binary cross-entropies (members averaged), as in pretraining.
     autocast: compute in bfloat16 where torch.autocast allows it. A bfloat16 model is used as it is.
@@ -122,7 +122,6 @@ class ClassificationEvaluator:
         n, classes = totals.num_images, len(totals.per_class_images)
         names = self.class_names or [str(c) for c in range(classes)]
         correct, images = totals.per_class_correct.tolist(), totals.per_class_images.tolist()
-        broken = [str(name) for name in getattr(self.loader, "broken", ())]
         return {
             "num_images": n,
             "top1": sum(correct) / n,
@@ -132,7 +131,7 @@ class ClassificationEvaluator:
             "model_images_per_second": n / model_seconds,
             "per_class_accuracy": {k: c / m for k, c, m in zip(names, correct, images, strict=False) if m},
             "dropped": {name: value / n for name, value in totals.dropped.items()},
-            "broken_images": broken,
+            "broken_images": dict(getattr(self.loader, "broken", {})),
         }
 
 

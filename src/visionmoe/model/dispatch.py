@@ -1,7 +1,7 @@
 """Tokens to the experts and back. Two ways, equal to float rounding; memory grows with S*K, never with S*E*C.
 
 segments: the kept requests are sorted by expert and each expert runs on its contiguous rows. Cost follows the kept
-requests; the number of rows depends on the data, so the host must know it.
+requests; the number of rows depends on the data, so the host must know it. No dropout inside the experts.
 buffers: every expert has G*C places, empty ones are zero rows. Shapes are static: compilation, graphs, export.
 """
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from visionmoe.model.experts import Experts
 from visionmoe.model.routing import Routing
+from visionmoe.model.segments import SegmentExperts, Segments
 
 
 def run_segments(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -17,11 +18,11 @@ def run_segments(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
     request = routing.kept.view(-1).nonzero().squeeze(1)  # kept ones, of (G*R,)
     expert = routing.expert_index.reshape(-1)[request]
     request = request[torch.argsort(expert, stable=True)]
-    token = flat_tokens(routing)[request]
     counts = torch.bincount(expert, minlength=routing.num_experts).tolist()
-    rows = experts.segments(tokens.index_select(0, token), counts)
+    segments = Segments(flat_tokens(routing)[request], counts)
     weights = routing.combine_weights.reshape(-1)[request]
-    return _combine(rows, token, weights, len(tokens))
+    parameters = (experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias)
+    return SegmentExperts.apply(tokens, weights, segments, torch.is_grad_enabled(), *parameters)
 
 
 def run_buffers(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -35,16 +36,12 @@ def run_buffers(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
     token = empty.scatter(0, slot, flat_tokens(routing))[:-1]
     weights = routing.combine_weights.new_zeros(num_slots + 1).scatter(0, slot, routing.combine_weights.reshape(-1))
     padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])  # row N: what an empty place holds
-    rows = experts.buffers(padded.index_select(0, token).view(routing.num_experts, -1, tokens.shape[1]))
-    return _combine(rows.flatten(0, 1), token, weights[:-1], len(tokens) + 1)[:-1]
+    rows = experts(padded.index_select(0, token).view(routing.num_experts, -1, tokens.shape[1]))
+    weighted = rows.flatten(0, 1) * weights[:-1, None].to(rows.dtype)
+    return weighted.new_zeros(len(padded), tokens.shape[1]).index_add(0, token, weighted)[:-1]
 
 
 def flat_tokens(routing: Routing) -> Tensor:
     """Each request's token in the whole batch. (G, R) -> (G*R,) with values below G*S."""
     group = torch.arange(routing.token_index.shape[0], device=routing.token_index.device)[:, None]
     return (routing.token_index + group * routing.num_tokens).view(-1)
-
-
-def _combine(rows: Tensor, token: Tensor, weights: Tensor, num_tokens: int) -> Tensor:
-    weighted = rows * weights[:, None].to(rows.dtype)
-    return weighted.new_zeros(num_tokens, rows.shape[1]).index_add(0, token, weighted)

@@ -25,7 +25,7 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E two-layer MLPs with tanh GELU (arXiv 2106.05974, section 2.2), run in one of two equal ways."""
+    """E two-layer MLPs with tanh GELU (arXiv 2106.05974, section 2.2). `visionmoe.model.dispatch` runs them."""
 
     def __init__(self, num_experts: int, hidden_size: int, mlp_dim: int, dropout_rate: float = 0.0) -> None:
         super().__init__()
@@ -37,19 +37,8 @@ class Experts(nn.Module):
         self.fc1.reset_parameters(split_rngs)
         self.fc2.reset_parameters(split_rngs)
 
-    def segments(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert, `counts[e]` of them for expert e. (N, D) -> (N, D)."""
-        weights = zip(*(p.unbind() for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)),
-                      strict=True)  # fmt: skip
-        outputs = []
-        for segment, (weight1, bias1, weight2, bias2) in zip(rows.split(counts), weights, strict=True):
-            if len(segment):
-                hidden = self.dropout(F.gelu(F.linear(segment, weight1, bias1), approximate="tanh"))
-                outputs.append(F.linear(hidden, weight2, bias2))
-        return self.dropout(torch.cat(outputs)) if outputs else rows
-
-    def buffers(self, rows: Tensor) -> Tensor:
-        """Every expert's whole buffer at once, static shapes. (E, N, D) -> (E, N, D)."""
+    def forward(self, rows: Tensor) -> Tensor:
+        """Every expert on its own N rows. (E, N, D) -> (E, N, D)."""
         hidden = torch.matmul(rows, self.fc1.weight.transpose(1, 2)) + self.fc1.bias[:, None]
         hidden = self.dropout(F.gelu(hidden, approximate="tanh"))
         return self.dropout(torch.matmul(hidden, self.fc2.weight.transpose(1, 2)) + self.fc2.bias[:, None])

@@ -14,7 +14,7 @@ def count_flops(model: VisionTransformer, image_size: int | tuple[int, int] | No
     config = model.config if image_size is None else model.config.replace(image_size=image_size)
     tokens, dim = config.num_tokens, config.hidden_size
     patch = config.patch_hw[0] * config.patch_hw[1] * config.in_channels
-    multiply_adds = config.grid[0] * config.grid[1] * patch * dim
+    multiply_adds: float = config.grid[0] * config.grid[1] * patch * dim
     copies = 1
     for layer in range(config.num_layers):
         sparse = layer in config.moe.layers
@@ -30,7 +30,7 @@ def _moe(model: VisionTransformer, config: ModelConfig, layer: int) -> float:
     moe, tokens, dim = config.moe, config.num_tokens, config.hidden_size
     per_token = 2 * dim * config.mlp_dim
     if moe.router == "soft":
-        router = model.blocks[layer].mlp.router
+        router = model.moe_layer(layer).router
         assert isinstance(router, SoftRouter)
         slots = router.mu.shape[0] * router.mu.shape[1]
         return slots * per_token + 3 * tokens * slots * dim  # logits, dispatch, combine

@@ -24,7 +24,8 @@ class MoE(nn.Module):
     """A sparse layer: router, dispatch, experts (arXiv 2106.05974, section 2).
 
     setting: the routing in force, changed by `VisionTransformer.set_routing`.
-    dispatch: "segments", "buffers", or "auto": segments on a CPU, buffers where static shapes are wanted.
+    dispatch: "segments", "buffers", or "auto": segments on a CPU, buffers where static shapes are wanted or the
+    experts drop out.
     """
 
     def __init__(self, config: MoEConfig, layer: int, hidden_size: int, mlp_dim: int) -> None:
@@ -49,6 +50,8 @@ class MoE(nn.Module):
         return MoEOutput(from_groups(out, x.shape[1], self.config.ensemble_size), auxiliary_loss, metrics)
 
     def _use_segments(self, x: Tensor) -> bool:
+        if self.training and self.config.expert_dropout_rate:
+            return False
         if self.dispatch == "auto":
             return x.device.type == "cpu" and not torch.compiler.is_compiling()
         return self.dispatch == "segments"
@@ -74,7 +77,7 @@ class SoftMoE(nn.Module):
         dispatch, combine, metrics = self.router(groups)
         tokens = _autocast(groups)
         slots = torch.einsum("gsep,gsd->egpd", dispatch.to(tokens.dtype), tokens)
-        out = self.experts.buffers(slots.flatten(1, 2))  # (E, G, P, D) -> (E, G*P, D)
+        out = self.experts(slots.flatten(1, 2))  # (E, G, P, D) -> (E, G*P, D)
         out = torch.einsum("gsep,egpd->gsd", combine.to(out.dtype), out.view_as(slots))
         return MoEOutput(out.reshape(x.shape), torch.zeros((), device=x.device), metrics)
 

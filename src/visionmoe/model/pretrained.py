@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,8 +100,7 @@ def write_pretrained(
     """
     directory = Path(directory)
     written = PretrainedConfig(config, preprocessing or Preprocessing.of(config))
-    # Tensors that share memory (safetensors refuses them) or are views get memory of their own.
-    tensors = {name: _own(tensor) for name, tensor in state.items()}
+    tensors = _unshared(state)
     with contextlib.ExitStack() as stack:  # leaves in reverse order: config.json is renamed last
         text = json.dumps(to_dict(written), indent=1) + "\n"
         stack.enter_context(atomic_write(directory / CONFIG_NAME)).write_text(text, encoding="utf-8")
@@ -168,7 +166,15 @@ def _read_values(stream: BinaryIO, count: int, dtype: torch.dtype, path: Path) -
     return torch.frombuffer(data, dtype=dtype)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    whole = tensor.untyped_storage().nbytes() == math.prod(tensor.shape) * tensor.dtype.itemsize
-    return tensor if whole else tensor.clone()
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, each with memory of its own, which safetensors asks for; copies only where needed."""
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors

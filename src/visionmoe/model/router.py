@@ -70,7 +70,7 @@ class Router(nn.Module):
         return sum((losses[n].mean() * w for n, w in weights.items() if w > 0), start=start)
 
     def _route(self, probs: Tensor, setting: RoutingSetting) -> Routing:
-        groups, members, size, experts = probs.shape
+        _, members, size, experts = probs.shape
         config = self.config
         expert_choice = config.router == "expert_choice"
         capacity = routing.compute_capacity(

@@ -52,9 +52,7 @@ class Routing:
 
     def tokens_kept(self) -> Tensor:
         """(G, S) int64: how many experts process each token."""
-        zeros = torch.zeros(
-            self.kept.shape[0], self.num_tokens, dtype=torch.int64, device=self.kept.device
-        )
+        zeros = torch.zeros(self.kept.shape[0], self.num_tokens, dtype=torch.int64, device=self.kept.device)
         return zeros.scatter_add(1, self.token_index, self.kept.long())
 
     def to_dense(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +143,7 @@ def expert_choice_routing(probs: Tensor, capacity: int) -> Routing:
     """
     groups, tokens, experts = probs.shape
     taken = min(capacity, tokens)
-    weights, token = _top_k(probs.transpose(1, 2), taken)  # (G, E, C)
+    weights, token = _sorted_top(probs.transpose(1, 2), taken)  # (G, E, C)
     expert = torch.arange(experts, device=probs.device)[:, None].expand(experts, taken)
     place = torch.arange(taken, device=probs.device).expand(experts, taken)
     return Routing(
@@ -162,17 +160,22 @@ def expert_choice_routing(probs: Tensor, capacity: int) -> Routing:
 def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the last axis, in order; equal values by position (torch.topk promises no order).
 
-    The arg-max is taken k times while k is small; it returns the first of equal values. Otherwise a stable sort.
+    While k is small the arg-max, which returns the first of equal values, is taken k times: cheaper than a sort.
     """
     if k > 4:
-        index = torch.argsort(values.detach(), dim=-1, descending=True, stable=True)[..., :k]
-        return values.gather(-1, index), index
+        return _sorted_top(values, k)
     left, found = values.detach(), []
     for _ in range(k):
         found.append(left.argmax(dim=-1, keepdim=True))
         if len(found) < k:
             left = left.scatter(-1, found[-1], float("-inf"))
     index = torch.cat(found, dim=-1)
+    return values.gather(-1, index), index
+
+
+def _sorted_top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same by a stable sort, for any k."""
+    index = torch.argsort(values.detach(), dim=-1, descending=True, stable=True)[..., :k]
     return values.gather(-1, index), index
 
 

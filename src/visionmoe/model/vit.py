@@ -172,6 +172,12 @@ class VisionTransformer(nn.Module):
                 param.num_heads = self.config.num_heads  # type: ignore[attr-defined]
             yield name, param
 
+    def moe_layer(self, layer: int) -> MoE | SoftMoE:
+        """The sparse layer of block number `layer`."""
+        sparse = self.blocks[layer].mlp
+        assert isinstance(sparse, MoE | SoftMoE)
+        return sparse
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialises all parameters as the reference does: Xavier-uniform encoder, zero head."""
@@ -212,7 +218,7 @@ class VisionTransformer(nn.Module):
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         x = self.dropout(self._embed(images))
         auxiliary_loss = torch.zeros((), device=x.device)
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
             if i == min(self.config.moe.layers, default=None) and self.config.ensemble_size > 1:
                 x = x.repeat_interleave(self.config.ensemble_size, dim=0)
@@ -234,7 +240,7 @@ class VisionTransformer(nn.Module):
             if x.shape[1] != self.pos_embed.shape[1]:
                 raise ValueError(
                     f"images must be {config.image_hw[0]} x {config.image_hw[1]} pixels for this model's learned "
-                    f"positions, got {images.shape[-2]} x {images.shape[-1]}; load it with image_size=... to resize them"
+                    f"positions, got {images.shape[-2]} x {images.shape[-1]}; load it with image_size=... instead"
                 )
             x = x + self.pos_embed
         return x
@@ -251,7 +257,7 @@ class VisionTransformer(nn.Module):
         layers: numbers of blocks with a sparse layer, None: all of them. The change is part of `config` and saved
         with the model. ValueError for a dense or Soft MoE model or a value that does not fit.
         """
-        given = {"num_selected_experts": num_selected_experts, "capacity_factor": capacity_factor,
+        given: dict[str, Any] = {"num_selected_experts": num_selected_experts, "capacity_factor": capacity_factor,
                  "batch_priority": batch_priority}  # fmt: skip
         given = {k: v for k, v in given.items() if v is not None}
         moe = self.config.moe
@@ -270,7 +276,9 @@ class VisionTransformer(nn.Module):
         moe = dataclasses.replace(moe, **common, layer_routing=per_layer)
         self.config = dataclasses.replace(self.config, moe=moe)
         for layer in self.moe_layers:
-            self.blocks[layer].mlp.setting = moe.routing(layer)
+            sparse = self.moe_layer(layer)
+            assert isinstance(sparse, MoE)
+            sparse.setting = moe.routing(layer)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors, from which `visionmoe.load` makes this model again."""

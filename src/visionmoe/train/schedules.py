@@ -92,7 +92,7 @@ def _warmup(step: int, warmup_steps: int, peak_value: float) -> float:
 def _check_fits(decay_steps: int, used: int, may_fill: bool = False) -> None:
     if decay_steps < used or (decay_steps == used and not may_fill):
         raise ValueError(
-            f"warm-up (and cool-down) must be shorter than the whole schedule, got {used} of {decay_steps} steps"
+            f"warmup_steps (and cooldown_steps) must be less than the whole schedule, got {used} of {decay_steps} steps"
         )
 
 

@@ -1,0 +1,21 @@
+"""`visionmoe convert`."""
+
+from visionmoe.checkpoint.convert import ConvertConfig, run_convert
+from visionmoe.cli.options import Convert
+from visionmoe.cli.shared import model_folder, output_folder
+
+
+def run(options: Convert) -> None:
+    out = output_folder(options.out)
+    results = run_convert(
+        ConvertConfig(
+            source=model_folder(options.path),
+            out=str(out),
+            config=None if options.config is None else str(options.config),
+            to=options.to,
+            num_shards=options.shards,
+        )
+    )
+    print(f"{results['parameters']:,} parameters in {results['seconds']:.1f} s")
+    for name, size in results["files"].items():
+        print(f"  {out / name}  {size:,} bytes")

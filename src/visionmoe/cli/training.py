@@ -1,0 +1,109 @@
+"""`visionmoe train` and `visionmoe finetune`."""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from visionmoe.cli.evaluation import summary
+from visionmoe.cli.options import Finetune, Train
+from visionmoe.cli.shared import model_folder, output_folder
+from visionmoe.data.config import DataConfig
+from visionmoe.data.loader import EvalLoader
+from visionmoe.evaluate.classify import ClassificationEvaluator
+from visionmoe.train.config import TrainConfig, assign, read_config, with_model
+from visionmoe.train.loop import Evaluator, TrainingDivergedError, run_training
+from visionmoe.train.recipes import get_finetuning, get_recipe
+
+DEFAULT_RECIPE = "fashion_mnist"
+
+
+def run(options: Train | Finetune) -> int:
+    config = finetune_config(options) if isinstance(options, Finetune) else train_config(options)
+    output_folder(Path(config.out))
+    try:
+        results = train(config, resume=options.resume)
+    except TrainingDivergedError as error:
+        print(f"visionmoe: {error}", file=sys.stderr)
+        return 1
+    report(config, results)
+    return results["exit_code"]
+
+
+def train(config: TrainConfig, *, resume: bool) -> dict[str, Any]:
+    """Trains as `config` says, evaluating on its evaluation split; see `visionmoe.train.loop.run_training`."""
+    return run_training(config, {"test": evaluator_of(config.data, bf16=config.precision == "bfloat16")}, resume=resume)
+
+
+def evaluator_of(data: DataConfig, *, bf16: bool = False) -> Evaluator:
+    """The evaluator of a run's images, built once."""
+    loader = EvalLoader(data)
+    classify = ClassificationEvaluator(loader, autocast=bf16, class_names=loader.class_names)
+
+    def evaluate(model: nn.Module, step: int) -> Mapping[str, Any]:
+        return classify(model)
+
+    return evaluate
+
+
+def train_config(options: Train) -> TrainConfig:
+    """The recipe or the config of an earlier run, with what the command line changes."""
+    if options.config is not None and options.recipe is not None:
+        raise ValueError("give --recipe or --config, one of them")
+    name = options.recipe or DEFAULT_RECIPE
+    if options.config is None:
+        config = get_recipe(name, options.model)
+    else:
+        config = read_config(str(options.config))
+        config = config if options.model is None else with_model(config, options.model)
+    out = options.out or (Path("runs") / name if options.config is None else None)
+    if out is None:
+        raise ValueError("--config needs --out: the folder of the new run")
+    return changed(config, options, out)
+
+
+def finetune_config(options: Finetune) -> TrainConfig:
+    """The recipe with the trained model in the place of the recipe's own."""
+    config = get_finetuning(options.recipe, model_folder(options.path))
+    if options.model_config is not None:
+        config = dataclasses.replace(config, init_config=str(options.model_config))
+    return changed(config, options, options.out or Path("runs") / options.recipe)
+
+
+def changed(config: TrainConfig, options: Train | Finetune, out: Path) -> TrainConfig:
+    """Applies the options that both commands have; assignments last, so that they win."""
+    lengths = {"steps": options.steps, "epochs": options.epochs}
+    assignments = [f"{name}={value}" for name, value in lengths.items() if value is not None]
+    if len(assignments) == 2:
+        raise ValueError(f"give --steps or --epochs, one of them, got {options.steps} and {options.epochs}")
+    data = config.data if options.data is None else dataclasses.replace(config.data, source=options.data)
+    config = shorter_warmup(dataclasses.replace(config, data=data, out=str(out)), options.steps)
+    return assign(config, [*assignments, *options.assignments])
+
+
+def shorter_warmup(config: TrainConfig, steps: int | None) -> TrainConfig:
+    """For a run of fewer steps than the recipe's warm-up: a warm-up of a tenth of them, and says so."""
+    rate = config.optimizer.learning_rate
+    if steps is None or rate.warmup_steps is None or rate.warmup_steps < steps:
+        return config
+    logging.getLogger(__name__).warning(
+        "the recipe's warm-up of %d steps does not fit into %d steps: it becomes %d",
+        rate.warmup_steps,
+        steps,
+        steps // 10,
+    )
+    rate = dataclasses.replace(rate, warmup_steps=steps // 10)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
+
+
+def report(config: TrainConfig, results: Mapping[str, Any]) -> None:
+    if results["status"] != "finished":
+        print(f"stopped at step {results['step']} of {results['total_steps']}; --resume goes on in {config.out}")
+        return
+    for line in summary(results["eval"]["test"]):
+        print(line)
+    print(f"model: {results['model']}, everything: {Path(config.out) / 'results.json'}")

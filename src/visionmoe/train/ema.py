@@ -1,0 +1,44 @@
+"""An exponential moving average of the parameters."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """average <- decay * average + (1 - decay) * parameters, after every update. Starts from the parameters."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must be >= 0 and < 1, got {decay}")
+        self.decay = decay
+        self._parameters = dict(model.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        parameters = [p.detach() for p in self._parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def load(self, average: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.average.items():
+            tensor.copy_(average[name])
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within it the model has the averaged parameters (in the same memory: no copy of the model is made)."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            own = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(own)

@@ -1,0 +1,244 @@
+"""The training loop. A run is a folder; whatever ends it, it goes on from there with bitwise the same parameters.
+
+    OUT/config.json    the resolved config: repeats the run        OUT/log.jsonl      what happened (`log`)
+    OUT/checkpoints/   to resume from (`checkpoint.store`)         OUT/results.json   the outcome
+    OUT/model/         the trained model, for `visionmoe.load`
+
+Nothing random is carried from step to step: the order of images, their augmentation, mixup, router noise and dropout
+follow from (seed, step), so the parameters, the optimizer and the step's number are the whole state.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionmoe.data.loader import TrainLoader
+from visionmoe.files import write_json
+from visionmoe.model.flops import count_flops
+from visionmoe.train.config import TrainConfig
+from visionmoe.train.log import Means, RunLog, router_health
+from visionmoe.train.progress import ProgressLine
+from visionmoe.train.setup import Parts, prepare
+from visionmoe.train.signals import StopRequest, stop_on_signals
+from visionmoe.train.state import save_training
+from visionmoe.train.step import StepResult, train_step
+
+Evaluator = Callable[[nn.Module, int], Mapping[str, Any]]
+"""(model, step) -> names and numbers, at least the "top1" by which the best step is noted, where it has one."""
+
+
+class TrainingDivergedError(ValueError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+def run_training(
+    config: TrainConfig,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    *,
+    resume: bool = False,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Trains as `config` says and returns what it also writes to OUT/results.json.
+
+    resume: go on from the newest good checkpoint in OUT (from the start where there is none yet).
+    results["status"]: "finished", or "interrupted" by SIGTERM or Ctrl-C after saving; results["exit_code"] is 0, or 143
+    or 130. The caller's random state is left as it was.
+    Raises ValueError for a config that cannot be run, and TrainingDivergedError (a ValueError).
+    """
+    with torch.random.fork_rng(), stop_on_signals() as stop:
+        parts = prepare(config, resume)
+        trainer = Trainer(parts, dict(evaluators or {}), stop, show_progress)
+        try:
+            return trainer.run()
+        finally:
+            trainer.log.close()
+
+
+class Trainer:
+    """A run in progress: the parts that `setup.prepare` made, and the loop over them."""
+
+    def __init__(
+        self, parts: Parts, evaluators: Mapping[str, Evaluator], stop: StopRequest, show_progress: bool
+    ) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.progress = parts.progress
+        self.evaluators = evaluators
+        self.stop = stop
+        self.total = parts.total_steps
+        self.log = RunLog(self.config.out, self.progress.step, self.config.tensorboard)
+        self.line = ProgressLine(self.total, self.progress.step, show_progress)
+        self.means = Means()
+        self.last_train: dict[str, Any] | None = None
+        self.last_eval: dict[str, dict[str, Any]] = {}
+        self._interval_start = self.progress.step
+        self._interval_seconds = 0.0
+
+    def run(self) -> dict[str, Any]:
+        loader = TrainLoader(
+            self.config.data, self.config.seed, start_step=self.progress.step, source=self.parts.source
+        )
+        with self.line:
+            for note in self.parts.notes:
+                self._event(note)
+            self.parts.model.train()
+            batches = iter(loader)
+            try:
+                while self.progress.step < self.total and not self.stop:
+                    if not self._step(batches):
+                        break
+            finally:
+                del batches  # ends the worker processes
+            self._end()
+        return self._results("interrupted" if self.stop else "finished", loader.broken)
+
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
+        """One step and what is due after it. False when a signal ended the worker processes too."""
+        start = time.perf_counter()
+        try:
+            images, labels = next(batches)
+        except RuntimeError:
+            if self.stop:
+                return False
+            raise
+        device = self.parts.device
+        result = train_step(
+            self.parts.forward,
+            self.parts.optimizer,
+            images.to(device, non_blocking=True),
+            labels.to(device, non_blocking=True),
+            self.progress.step,
+            self.parts.settings,
+        )
+        if result.applied and self.parts.ema is not None:
+            self.parts.ema.update()
+        self.progress.step += 1
+        self._count(result)
+        seconds = time.perf_counter() - start
+        self._interval_seconds += seconds
+        self.progress.seconds += seconds
+        self.line.advance()
+        self._due()
+        return True
+
+    def _count(self, result: StepResult) -> None:
+        """Keeps the step's numbers; a step that was not finite is counted, and too many in a row end the run."""
+        progress = self.progress
+        if result.applied:
+            progress.skipped_in_a_row = 0
+            losses = {"main_loss": result.main_loss, "auxiliary_loss": result.auxiliary_loss}
+            self.means.add({**losses, "accuracy": result.accuracy, "grad_norm": result.grad_norm, **result.metrics})
+            return
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        self._event(
+            f"skipped step {progress.step}: loss {result.main_loss.item():.4g}, auxiliary loss "
+            f"{result.auxiliary_loss.item():.4g}, gradient norm {result.grad_norm.item():.4g} are not all finite"
+        )
+        if progress.skipped_in_a_row >= self.config.max_nonfinite:
+            message = (
+                f"stopped at step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient "
+                f"that is not finite (a lower learning rate or gradient_clip may help); {self.config.out} is as it was "
+                f"at its last checkpoint"
+            )
+            self._event(message)
+            write_json(Path(self.config.out) / "results.json", self._summary("diverged"))
+            raise TrainingDivergedError(message)
+
+    def _due(self) -> None:
+        """Logs, evaluates and saves where this step is due."""
+        config, step = self.config, self.progress.step
+        if step % config.log_every == 0 or step == self.total or self.stop:
+            self._log_train()
+        if config.eval_every and step % config.eval_every == 0 and step < self.total:
+            self._evaluate()
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and step < self.total:
+            self._save()
+
+    def _end(self) -> None:
+        if self.stop:
+            path = self._save()
+            self._event(f"{self.stop.name}: saved {path} and stopped at step {self.progress.step}; resume goes on here")
+            return
+        self._evaluate()
+        self._save()
+        with self.parts.averaged():
+            self.parts.model.save_pretrained(Path(self.config.out) / "model")
+
+    def _log_train(self) -> None:
+        means = self.means.take()
+        steps = self.progress.step - self._interval_start
+        seconds = max(self._interval_seconds, 1e-9)
+        shared = {name: value.item() for name, value in means.items() if "." not in name}
+        names = ("main_loss", "auxiliary_loss", "accuracy", "grad_norm")
+        record = self.log.write(
+            "train",
+            self.progress.step,
+            **{name: shared.get(name) for name in names},
+            learning_rate=self.parts.optimizer.last_rate,
+            images_per_second=steps * self.config.data.batch_size / seconds,
+            eta_seconds=(self.total - self.progress.step) * seconds / max(steps, 1),
+            skipped_steps=self.progress.skipped_steps,
+            router=router_health({name: value for name, value in means.items() if "." in name}),
+        )
+        self.line.show(record)
+        self.last_train = record
+        self._interval_start, self._interval_seconds = self.progress.step, 0.0
+
+    def _evaluate(self) -> None:
+        with self.parts.averaged():
+            for name, evaluator in self.evaluators.items():
+                metrics = dict(evaluator(self.parts.model, self.progress.step))
+                self._note_best(name, metrics)
+                self.last_eval[name] = metrics
+                self.line.show(self.log.write("eval", self.progress.step, name=name, metrics=metrics))
+        self.parts.model.train()
+
+    def _note_best(self, name: str, metrics: Mapping[str, Any]) -> None:
+        best = dict(self.progress.best or {})
+        key = f"{name}/top1"
+        if "top1" in metrics and (key not in best or metrics["top1"] > best[key][0]):
+            best[key] = [float(metrics["top1"]), self.progress.step]
+            self.progress.best = best
+
+    def _save(self) -> Path:
+        parts = self.parts
+        return save_training(
+            self.config.out, parts.model, parts.optimizer, parts.ema, self.progress, self.config.keep_last
+        )
+
+    def _event(self, message: str) -> None:
+        self.line.show(self.log.write("event", self.progress.step, message=message))
+
+    def _summary(self, status: str) -> dict[str, Any]:
+        progress, config = self.progress, self.config
+        images = progress.step * config.data.batch_size
+        return {
+            "status": status,
+            "exit_code": self.stop.exit_code,
+            "step": progress.step,
+            "total_steps": self.total,
+            "images_seen": images,
+            "skipped_steps": progress.skipped_steps,
+            "train_seconds": progress.seconds,
+            "images_per_second": images / progress.seconds if progress.seconds else None,
+        }
+
+    def _results(self, status: str, broken: Mapping[str, str]) -> dict[str, Any]:
+        model = self.parts.model
+        results = {
+            **self._summary(status),
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "flops_per_image": count_flops(model),
+            "eval": self.last_eval,
+            "best": self.progress.best or {},
+            "train": self.last_train,
+            "broken_images": dict(broken),
+            "model": str(Path(self.config.out) / "model") if status == "finished" else None,
+        }
+        write_json(Path(self.config.out) / "results.json", results)
+        return results

@@ -1,0 +1,148 @@
+"""What a run needs before its first step: folder, images, model, optimizer, and where it goes on."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionmoe.checkpoint.load import load
+from visionmoe.checkpoint.store import RunState, latest_good, list_checkpoints, load_run_state
+from visionmoe.config import ModelConfig, from_dict, to_dict
+from visionmoe.data.sources import Source, open_source
+from visionmoe.files import write_json
+from visionmoe.model.vit import ModelOutput, VisionTransformer
+from visionmoe.train.config import TrainConfig, read_config
+from visionmoe.train.ema import Ema
+from visionmoe.train.losses import create_loss
+from visionmoe.train.optim import ScheduledOptimizer, create_optimizer
+from visionmoe.train.state import Progress, choose_device, restore_training
+from visionmoe.train.step import StepSettings, seed_everything
+
+_INITIALISATION = 2**32 - 1  # in the place of a step's number: the seed of the first parameters
+
+# What may change between the lives of a run: it does not touch the parameters.
+_FREE = ("out", "recipe", "eval_every", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device",
+         "data.workers", "data.eval_batch_size", "data.eval_split", "data.eval_resize", "data.cache_mb")  # fmt: skip
+
+
+@dataclass
+class Parts:
+    """A run, ready to go on from progress.step. forward: the model, compiled where the config says so."""
+
+    config: TrainConfig
+    source: Source
+    device: torch.device
+    model: VisionTransformer
+    forward: Callable[[Tensor], ModelOutput]
+    optimizer: ScheduledOptimizer
+    ema: Ema | None
+    settings: StepSettings
+    total_steps: int
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has its averaged parameters, where the run keeps an average."""
+        with self.ema.swapped() if self.ema is not None else contextlib.nullcontext():
+            yield
+
+
+def prepare(config: TrainConfig, resume: bool) -> Parts:
+    """Opens the images, makes or restores everything, and writes OUT/config.json. ValueError for what cannot be."""
+    device = choose_device(config.device)
+    source = open_source(config.data.source, config.data.train_split)
+    config, notes = resolve(config, source)
+    _check_folder(config, resume)
+    path = latest_good(config.out) if resume else None
+    saved = None if path is None else load_run_state(path)
+    model = _model(config, len(source.class_names), saved).to(device)
+    assert config.steps is not None
+    arguments = config.optimizer.arguments()
+    if config.steps == 0:  # nothing to schedule: an evaluation of the start
+        arguments["learning_rate"] = 0.0
+    optimizer = create_optimizer(model.named_parameters(), total_steps=config.steps, **arguments)
+    ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
+    progress = Progress() if saved is None else restore_training(saved, str(path), model, optimizer, ema)
+    if saved is not None:
+        notes.append(f"resumed from {path}")
+    write_json(Path(config.out) / "config.json", to_dict(config))
+    return Parts(
+        config=config,
+        source=source,
+        device=device,
+        model=model,
+        forward=torch.compile(model) if config.compile else model,
+        optimizer=optimizer,
+        ema=ema,
+        settings=StepSettings(
+            loss_fn=create_loss(config.loss, config.label_smoothing),
+            num_classes=len(source.class_names),
+            seed=config.seed,
+            mixup_alpha=config.data.mixup_alpha,
+            accumulation=config.accumulation,
+            precision=config.precision,
+        ),
+        total_steps=config.steps,
+        progress=progress,
+        notes=notes,
+    )
+
+
+def resolve(config: TrainConfig, source: Source) -> tuple[TrainConfig, list[str]]:
+    """The config with epochs as steps and the data's number of classes, and notes about what that changed."""
+    notes, classes = [], len(source.class_names)
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * len(source) / config.data.batch_size)
+        config = dataclasses.replace(config, steps=steps, epochs=None)
+    if config.model is not None and config.model.num_classes != classes:
+        notes.append(f"the model gets {classes} classes, as the data has, not {config.model.num_classes}")
+        config = dataclasses.replace(config, model=config.model.replace(num_classes=classes))
+    return config, notes
+
+
+def _model(config: TrainConfig, num_classes: int, saved: RunState | None) -> VisionTransformer:
+    """The model with its first parameters; with `saved`, of the saved config (its parameters come later)."""
+    if saved is not None:
+        return VisionTransformer(from_dict(ModelConfig, saved.state["model"]))
+    seed_everything(config.seed, _INITIALISATION)
+    if config.model is not None:
+        return VisionTransformer(config.model)
+    assert config.init_from is not None
+    fixed = {"image_size": config.data.image_size, "num_classes": num_classes, "in_channels": config.data.in_channels}
+    for name in fixed:
+        if name in config.model_options:
+            raise ValueError(f"model_options cannot hold {name!r}: it follows from the data")
+    options: dict[str, Any] = {**config.model_options, **fixed}
+    return load(config.init_from, config.init_config, new_head=config.new_head, **options)
+
+
+def _check_folder(config: TrainConfig, resume: bool) -> None:
+    """A new run needs a folder without one; a resumed run needs the same config as before."""
+    stored = Path(config.out) / "config.json"
+    if not resume:
+        if stored.exists() or list_checkpoints(config.out):
+            raise ValueError(f"{config.out} already holds a run: resume it, or give another out")
+        return
+    if not stored.exists():
+        raise ValueError(f"{config.out} holds no run to resume: {stored} is missing")
+    old, new = _flat(to_dict(read_config(str(stored)))), _flat(to_dict(config))
+    for name in sorted({*old, *new}):
+        if name not in _FREE and old.get(name) != new.get(name):
+            raise ValueError(f"a resumed run must keep its config: {name} was {old.get(name)!r}, got {new.get(name)!r}")
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out

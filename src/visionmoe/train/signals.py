@@ -1,0 +1,48 @@
+"""SIGTERM and Ctrl-C ask a run to finish its step, save and leave; a second one ends it at once."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop. name: of the signal ("SIGTERM"), None before one came."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, the shell's convention: 143 for SIGTERM, 130 for Ctrl-C."""
+        return 128 + signal.Signals[self.name].value if self.name else 0
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within it the signals only set the request. Outside the main thread it changes nothing (Python's rule)."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request:  # impatient: the second time it is as if there were no handler
+            restore()
+            signal.raise_signal(number)
+        else:
+            request.name = signal.Signals(number).name
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        restore()

@@ -1,0 +1,106 @@
+"""One training step: forward and backward over the parts of a batch, and the update, if everything is finite."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionmoe.data.mixup import mixup, step_generator
+from visionmoe.model.vit import ModelOutput
+from visionmoe.train.losses import LossFn
+from visionmoe.train.optim import ScheduledOptimizer, global_norm
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is made. mixup_alpha 0: no mixup. Gradients of the `accumulation` parts are averaged: equal to the
+    whole batch's where routing groups lie within a part (their losses and capacities are per group)."""
+
+    loss_fn: LossFn
+    num_classes: int
+    seed: int
+    mixup_alpha: float = 0.0
+    accumulation: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one step, all detached: losses (), correct () share of rows whose best class is the target's, grad_norm ()
+    before clipping, applied: False when something was not finite and the update was left out, router metrics."""
+
+    main_loss: Tensor
+    auxiliary_loss: Tensor
+    accuracy: Tensor
+    grad_norm: Tensor
+    applied: bool
+    metrics: dict[str, Tensor]
+
+
+def train_step(
+    forward: Callable[[Tensor], ModelOutput],
+    optimizer: ScheduledOptimizer,
+    images: Tensor,
+    labels: Tensor,
+    step: int,
+    settings: StepSettings,
+) -> StepResult:
+    """Runs step number `step` (0, 1, ...) on images (B, C, H, W) and labels (B,) int64, on the model's device.
+
+    Everything random in it follows from (seed, step, part) alone, so a resumed run repeats it. A loss or gradient
+    that is not finite leaves parameters and optimizer as they were.
+    """
+    targets = F.one_hot(labels, settings.num_classes).float()
+    if settings.mixup_alpha:
+        images, targets = mixup(images, targets, settings.mixup_alpha, step_generator(settings.seed, step))
+    optimizer.zero_grad(set_to_none=True)
+    parts = list(zip(images.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True))
+    sums: dict[str, Tensor] = {}
+    for number, (part_images, part_targets) in enumerate(parts):
+        seed_everything(settings.seed, step, number)
+        values = _backward(forward, part_images, part_targets, settings, share=1.0 / len(parts))
+        for name, value in values.items():
+            sums[name] = sums[name] + value if name in sums else value
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = global_norm(grads)
+    loss = sums["main_loss"] + sums["auxiliary_loss"]
+    applied = bool(torch.isfinite(loss) & torch.isfinite(norm))  # the step's only wait for the device
+    if applied:
+        optimizer.step(grad_norm=norm)
+    means = {name: value / len(parts) for name, value in sums.items()}
+    return StepResult(
+        main_loss=means.pop("main_loss"),
+        auxiliary_loss=means.pop("auxiliary_loss"),
+        accuracy=means.pop("accuracy"),
+        grad_norm=norm,
+        applied=applied,
+        metrics=means,
+    )
+
+
+def seed_everything(seed: int, *numbers: int) -> None:
+    """Seeds torch's generators of all devices from (seed, numbers): router noise, dropout, initialisation."""
+    state = np.random.SeedSequence([seed, *numbers]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def _backward(
+    forward: Callable[[Tensor], ModelOutput], images: Tensor, targets: Tensor, settings: StepSettings, share: float
+) -> dict[str, Tensor]:
+    """Adds the gradients of `share` times this part's loss; returns losses, accuracy and the router's metrics."""
+    bf16 = settings.precision == "bfloat16"
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
+        out = forward(images)
+    main_loss = settings.loss_fn(out.logits, targets)
+    ((main_loss + out.auxiliary_loss) * share).backward()
+    best = targets.argmax(dim=-1).repeat_interleave(out.logits.shape[0] // targets.shape[0])
+    return {
+        "main_loss": main_loss.detach(),
+        "auxiliary_loss": out.auxiliary_loss.detach(),
+        "accuracy": (out.logits.detach().argmax(dim=-1) == best).float().mean(),
+        **out.metrics,
+    }

@@ -1,0 +1,259 @@
+"""The command line: what it does, and that a user's mistake is one clear line and exit code 2, never a traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import visionmoe as vm
+from visionmoe.cli import main
+from visionmoe.cli.main import COMMANDS
+
+TINY = ["--set", "model.num_layers=2", "--set", "model.moe.layers=[1]", "--set", "model.hidden_size=16", "--set",
+        "model.mlp_dim=32", "--set", "model.num_heads=2", "--set", "data.train_split=train[:200]", "--set",
+        "data.eval_split=test[:100]", "--set", "data.batch_size=50", "--set", "tensorboard=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", "--steps", "3", "--out", str(out), *TINY]) == 0
+    return out
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with what the mistakes below name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(trained)
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "typo.json").write_text('{"hidden_sizes": 16}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "1.png").write_bytes(b"not an image")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_bytes((trained / "model" / "config.json").read_bytes())
+    weights = (trained / "model" / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    for number in range(12):  # one class more than the model has, and another one
+        folder = tmp_path / "twelve" / f"class{number:02}"
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((28, 28), number, dtype=np.uint8)).save(folder / "1.png")
+    return tmp_path
+
+
+MISTAKES = {
+    "unknown command": ("trian", "unknown command 'trian'; did you mean 'train'?"),
+    "unknown option": ("train --stepz 3", "--stepz"),
+    "not a number": ("train --steps many", "--steps must be INT, got 'many'"),
+    "no value": ("train --steps", "Missing value for argument '--steps'"),
+    "no model": ("evaluate", "required but missing: PATH"),
+    "one argument too many": ("evaluate run fashion-mnist", "Unrecognized options: fashion-mnist"),
+    "not a choice": ("sweep run --order random", "('vanilla', 'batch-priority', 'both')"),
+    "unknown recipe": ("train --recipe fashion_minst", "did you mean 'fashion_mnist'?"),
+    "recipe of the other command": ("train --recipe finetune", "use visionmoe finetune PATH --recipe finetune"),
+    "unknown model": ("train --model vmoe_b16_e8_every3", "unknown model 'vmoe_b16_e8_every3'; near ones: vmoe_b16_e8"),
+    "unknown model to info": ("info vit_b17", "unknown model 'vit_b17'; near ones: vit_b16"),
+    "unknown data": ("evaluate run --data cifar", "data must be one of fashion-mnist, folder:PATH"),
+    "unknown split": ("evaluate run --split valid", "valid"),
+    "unknown field": ("train --set optimizer.learning_rate.peak=1", "did you mean 'optimizer.learning_rate.peak_value'?"),
+    "wrong type": ("train --set model.hidden_size=wide", "model.hidden_size must be int, got 'wide'"),
+    "impossible value": ("train --set data.batch_size=0", "batch_size must be between 1"),
+    "not an assignment": ("train --set seed", "NAME=VALUE, got 'seed'"),
+    "steps and epochs": ("train --steps 3 --epochs 2", "--steps or --epochs"),
+    "recipe and config": ("train --recipe fashion_mnist --config run/config.json", "--recipe or --config"),
+    "config without out": ("train --config run/config.json", "--config needs --out"),
+    "missing folder": ("evaluate nowhere", "'nowhere' is neither a directory"),
+    "missing data folder": ("evaluate run --data folder:nowhere", "nowhere"),
+    "data folder without classes": ("evaluate run --data folder:empty --split train", "one folder of images per class"),
+    "broken images": ("evaluate run --data folder:images --split train", "cat/1.png"),
+    "more classes than the model": ("evaluate run --data folder:twelve --split train", "has 10 classes, folder:twelve has 12"),
+    "cut weights": ("evaluate cut", "cut/model.safetensors"),
+    "not a model": ("evaluate empty", "empty/config.json is missing"),
+    "broken config": ("info broken.json", "broken.json is not valid JSON"),
+    "typo in a config": ("info typo.json", "did you mean 'hidden_size'?"),
+    "missing config": ("info nowhere.json", "nowhere.json"),
+    "capacity of zero": ("evaluate run --capacity-factor 0", "capacity_factor must be > 0 and finite, got 0.0"),
+    "K above the experts": ("sweep run --num-selected-experts 9", "num_selected_experts must be between 1 and 8, got 9"),
+    "no device": ("evaluate run --device tpu", "device 'tpu' cannot be used"),
+    "out is a file": ("evaluate run --out file", "file"),
+    "out below a file": ("evaluate run --out file/out", "file/out: Not a directory"),
+    "a run is there": ("train --steps 3 --out run", "run already holds a run"),
+    "nothing to resume": ("train --steps 3 --out empty --resume", "empty holds no run to resume"),
+    "another config on resume": ("train --steps 4 --out run --resume", "a resumed run must keep its config"),
+    "no output folder": ("convert run", "required but missing: --out DIR"),
+    "no such prefix": ("convert ckpt --config run/model/config.json --out new", "ckpt"),
+    "not a format": ("convert run --to onnx --out new", "('safetensors', 'vmoe')"),
+    "size that patches do not divide": ("info vit_b16 --image-size 225", "image_size must be a multiple of patch_size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake(mistake: str, workplace: Path, capfd: pytest.CaptureFixture[str]):
+    arguments, expected = MISTAKES[mistake]
+    assert main(arguments.split()) == 2
+    error = capfd.readouterr().err
+    # The run that is there was made with other settings, so notes ("warning: ...") may come before the error.
+    lines = [line for line in error.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("visionmoe")
+    assert expected in lines[0]
+    assert "Traceback" not in error
+    assert not (workplace / "new" / "results.json").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(workplace: Path, capfd: pytest.CaptureFixture[str]):
+    if os.geteuid() == 0:
+        folder = Path("/proc/visionmoe")  # root may write everywhere else
+    else:
+        folder = workplace / "locked"
+        folder.mkdir(mode=0o500)
+    assert main(["info", "vit_b16", "--out", str(folder)]) == 2
+    assert str(folder) in capfd.readouterr().err
+
+
+def test_a_missing_extra_says_how_to_install_it(
+    workplace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delitem(sys.modules, "visionmoe.analysis.figures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert main(["sweep", "run"]) == 2
+    assert "needs matplotlib, which is not installed: pip install 'visionmoe[figures]'" in capfd.readouterr().err
+
+
+def test_as_a_program(tmp_path: Path):
+    """The same from outside, with a real standard error: no traceback, no box, no colours."""
+    program = [sys.executable, "-m", "visionmoe"]
+    done = subprocess.run([*program, "evaluate", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("visionmoe evaluate: 'nowhere' is neither")
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage: visionmoe COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]):
+    assert main([command, "--help"]) == 0
+    assert "--out" in capsys.readouterr().out
+
+
+def test_help_of_the_program_lists_every_command(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {command} " in text for command in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"visionmoe {vm.__version__}\n"
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_train_evaluate_and_sweep(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = results(trained)
+    assert (run["status"], run["step"]) == ("finished", 3)
+    # The model and the split of the run, in one batch as there: the same numbers.
+    common = ["--data", "fashion-mnist", "--split", "test[:100]"]
+    assert main(["evaluate", str(trained), *common, "--out", str(tmp_path / "e")]) == 0
+    evaluated = results(tmp_path / "e")
+    assert evaluated["num_images"] == 100
+    assert evaluated["top1"] == run["eval"]["test"]["top1"]
+    assert evaluated["loss"] == pytest.approx(run["eval"]["test"]["loss"], rel=1e-5)
+    assert set(evaluated["per_class_accuracy"]) <= {"Bag", "Coat", "Dress", "Pullover", "Sandal", "Shirt", "Sneaker",
+                                                    "T-shirt/top", "Trouser", "Ankle boot"}  # fmt: skip
+    assert "top-1" in capsys.readouterr().out
+    arguments = ["--capacity-factors", "1.05", "0.2", "--num-selected-experts", "1", "2"]
+    assert main(["sweep", str(trained), *common, *arguments, "--out", str(tmp_path / "s")]) == 0
+    points = results(tmp_path / "s")["points"]
+    assert len(points) == 2 * 2 * 2
+    own = next(p for p in points if (p["num_selected_experts"], p["capacity_factor"]) == (2, 1.05))
+    assert own["top1"] == evaluated["top1"]
+    assert (tmp_path / "s" / "accuracy_vs_compute.png").stat().st_size > 10_000
+
+
+def test_evaluate_at_another_setting(trained: Path, tmp_path: Path):
+    changes = ["--num-selected-experts", "1", "--capacity-factor", "0.5", "--batch-priority", "True"]
+    arguments = [*changes, "--bf16", "--split", "test[:50]", "--image-size", "35", "--out", str(tmp_path)]
+    assert main(["evaluate", str(trained), *arguments]) == 0
+    assert results(tmp_path)["routing"] == {"num_selected_experts": 1, "capacity_factor": 0.5, "batch_priority": True}
+
+
+def test_a_run_is_repeated_from_its_config(trained: Path, tmp_path: Path):
+    out = tmp_path / "again"
+    assert main(["train", "--config", str(trained / "config.json"), "--out", str(out)]) == 0
+    first, second = (vm.load(folder / "model").state_dict() for folder in (trained, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_finetune(trained: Path, workplace: Path):
+    arguments = ["--data", "folder:twelve", "--steps", "2", "--set", "data.eval_split=train"]
+    more = ["--set", "data.batch_size=6", "--set", "tensorboard=false", "--set", "image_size=35", "--out", "tuned"]
+    assert main(["finetune", str(trained), *arguments, *more]) == 0
+    model = vm.load(workplace / "tuned" / "model")
+    assert (model.config.num_classes, model.config.image_size) == (12, 35)
+
+
+def test_convert_there_and_back(trained: Path, tmp_path: Path):
+    assert main(["convert", str(trained), "--to", "vmoe", "--shards", "2", "--out", str(tmp_path / "vmoe")]) == 0
+    config = ["--config", str(tmp_path / "vmoe" / "config.json")]
+    assert main(["convert", str(tmp_path / "vmoe" / "ckpt"), *config, "--out", str(tmp_path / "back")]) == 0
+    before, after = trained / "model" / "model.safetensors", tmp_path / "back" / "model.safetensors"
+    assert before.read_bytes() == after.read_bytes()
+    assert results(tmp_path / "back")["parameters"] == results(trained)["num_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "per_token"),
+    [
+        ("vit_b16", 86_567_656, 86_567_656),
+        # 6 layers of 8 experts of 2*768*3072 + 3072 + 768 = 4,722,432 parameters, of which a token meets 2.
+        ("vmoe_b16_e8_every2", 284_946_664, 284_946_664 - 6 * 6 * 4_722_432),
+    ],
+)
+def test_info(model: str, parameters: int, per_token: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["info", model, "--out", str(tmp_path)]) == 0
+    facts = results(tmp_path)
+    assert (facts["parameters"], facts["parameters_per_token"]) == (parameters, per_token)
+    assert f"{parameters:,}" in capsys.readouterr().out
+
+
+def test_info_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["info", str(trained), "--out", str(tmp_path)]) == 0
+    assert "8 in blocks 1" in capsys.readouterr().out
+    assert results(tmp_path)["parameters"] == results(trained)["num_parameters"]
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path):
+    """As a program: Ctrl-C leaves with 130 after saving, and the resumed run ends with code 0."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "visionmoe", "train", "--out", str(out), *TINY, "--set", "log_every=1"]
+    command += ["--steps", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    log = out / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and '"train"' in log.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert results(out)["status"] == "interrupted"
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert results(out)["step"] == 60
