@@ -18,8 +18,8 @@ import torch
 
 from visionmoe.config import MoEConfig
 from visionmoe.files import write_json
+from visionmoe.model.layers import Mlp
 from visionmoe.model.moe import MoE
-from visionmoe.model.vit import Mlp
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ MISTAKES = {
     "unknown model to info": ("info vit_b17", "unknown model 'vit_b17'; near ones: vit_b16"),
     "unknown data": ("evaluate run --data cifar", "data must be one of fashion-mnist, folder:PATH"),
     "unknown split": ("evaluate run --split valid", "valid"),
-    "unknown field": ("train --set optimizer.learning_rate.peak=1", "did you mean 'optimizer.learning_rate.peak_value'?"),
+    "unknown field": ("train --set optimizer.learning_rate.peak_valeu=1", "did you mean 'optimizer.learning_rate.peak_value'?"),
     "wrong type": ("train --set model.hidden_size=wide", "model.hidden_size must be int, got 'wide'"),
     "impossible value": ("train --set data.batch_size=0", "batch_size must be between 1"),
     "not an assignment": ("train --set seed", "NAME=VALUE, got 'seed'"),
@@ -128,6 +128,7 @@ def test_a_missing_extra_says_how_to_install_it(
     workplace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delitem(sys.modules, "visionmoe.analysis.figures", raising=False)
+    monkeypatch.delattr("visionmoe.analysis.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert main(["sweep", "run"]) == 2
     assert "needs matplotlib, which is not installed: pip install 'visionmoe[figures]'" in capfd.readouterr().err

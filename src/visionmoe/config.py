@@ -228,6 +228,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     """Converts a JSON value to the annotated type `hint`, or raises ValueError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        tables = [option for option in args if dataclasses.is_dataclass(option)]
+        if len(tables) == 1 and isinstance(value, Mapping):  # its own error names the option that is wrong
+            return _typed(tables[0], value, where)
         for option in args:
             try:
                 return _typed(option, value, where)

@@ -50,7 +50,12 @@ def test_every_figure_is_a_picture(tmp_path: Path):
     loads = np.full((10, 4), 0.25)
     figures.learning_curves(
         tmp_path / "curves.png",
-        {"step": steps, "loss": np.linspace(2, 1, 10), "accuracy": np.linspace(0, 1, 10), "auxiliary_loss": loads[:, 0]},
+        {
+            "step": steps,
+            "loss": np.linspace(2, 1, 10),
+            "accuracy": np.linspace(0, 1, 10),
+            "auxiliary_loss": loads[:, 0],
+        },
         {"step": [50, 90], "top1": [0.4, 0.6]},
         {"block 1": loads},
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 
 from visionmoe.config import from_dict, to_dict
 from visionmoe.data import DataConfig, EvalLoader, TrainLoader, open_source
+from visionmoe.data.batches import Batch
 from visionmoe.data.randomness import sample_keys, uniform
 from visionmoe.data.sources import ArraySource, Source
 
@@ -161,6 +163,12 @@ def test_random_numbers_are_uniform_and_independent() -> None:
     np.testing.assert_allclose(draws.mean(1), 0.5, atol=0.005)
     np.testing.assert_allclose(np.corrcoef(draws), np.eye(3), atol=0.02)
     assert abs(np.corrcoef(draws[0, :-1], draws[0, 1:])[0, 1]) < 0.02
+
+
+def test_batches_can_be_sent_to_another_process() -> None:
+    made = TrainLoader(AUGMENTATIONS["pad"], 0, source=noise(20))._batches  # as start methods other than fork do
+    expected, found = made[3], pickle.loads(pickle.dumps(made))[3]
+    assert isinstance(expected, Batch) and isinstance(found, Batch) and torch.equal(expected.images, found.images)
 
 
 # Evaluation
@@ -312,6 +320,7 @@ def test_signals_to_the_whole_group_leave_time_to_save(kind: signal.Signals) -> 
     wait_until_gone(workers)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_run() -> None:
     process = start_loop()
     workers = children(process.pid)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionmoe.data.columns import class_labels, pick_columns
 from visionmoe.data.decode import one_line
 from visionmoe.data.sources import DEFAULT_CACHE, Source
 from visionmoe.data.splits import canonical_name, parse_split
@@ -83,6 +82,8 @@ def open_huggingface(
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise ValueError("hf: data needs the package datasets (pip install datasets)") from None
+    from visionmoe.data.columns import class_labels, pick_columns  # needs pyarrow, which datasets brings
+
     try:
         splits = datasets.load_dataset(name, config)
     except (ValueError, OSError):
@@ -97,7 +98,6 @@ def open_huggingface(
     feature = table.features[label]
     columns = {key: part.data.column(label) for key, part in splits.items()}
     labels, names = class_labels(f"hf:{name}", columns, getattr(feature, "names", None))
-    del columns
     return HuggingFaceSource(table, image, labels[by_name[which]], names, f"hf:{name} {which}"), start, stop
 
 
