@@ -67,8 +67,8 @@ MISTAKES = {
     "unknown model": ("train --model vmoe_b16_e8_every3", "unknown model 'vmoe_b16_e8_every3'; near ones: vmoe_b16_e8"),
     "unknown model to info": ("info vit_b17", "unknown model 'vit_b17'; near ones: vit_b16"),
     "unknown data": ("evaluate run --data cifar", "data must be one of fashion-mnist, folder:PATH"),
-    "unknown split": ("evaluate run --split valid", "valid"),
-    "unknown field": ("train --set optimizer.learning_rate.peak_valeu=1", "did you mean 'optimizer.learning_rate.peak_value'?"),
+    "unknown split": ("evaluate run --data fashion-mnist --split valid", "valid"),
+    "unknown field": ("train --set optimizer.learning_rate.peak_valeu=1", "did you mean 'optimizer.learning_rate.peak"),
     "wrong type": ("train --set model.hidden_size=wide", "model.hidden_size must be int, got 'wide'"),
     "impossible value": ("train --set data.batch_size=0", "batch_size must be between 1"),
     "not an assignment": ("train --set seed", "NAME=VALUE, got 'seed'"),
@@ -79,14 +79,15 @@ MISTAKES = {
     "missing data folder": ("evaluate run --data folder:nowhere", "nowhere"),
     "data folder without classes": ("evaluate run --data folder:empty --split train", "one folder of images per class"),
     "broken images": ("evaluate run --data folder:images --split train", "cat/1.png"),
-    "more classes than the model": ("evaluate run --data folder:twelve --split train", "has 10 classes, folder:twelve has 12"),
+    "more classes than the model": ("evaluate run --data folder:twelve --split train", "classes, folder:twelve has 12"),
     "cut weights": ("evaluate cut", "cut/model.safetensors"),
+    "no data": ("evaluate run/model", "run/model is no run that says its images: give --data, one of fashion-mnist"),
     "not a model": ("evaluate empty", "empty/config.json is missing"),
     "broken config": ("info broken.json", "broken.json is not valid JSON"),
     "typo in a config": ("info typo.json", "did you mean 'hidden_size'?"),
     "missing config": ("info nowhere.json", "nowhere.json"),
     "capacity of zero": ("evaluate run --capacity-factor 0", "capacity_factor must be > 0 and finite, got 0.0"),
-    "K above the experts": ("sweep run --num-selected-experts 9", "num_selected_experts must be between 1 and 8, got 9"),
+    "K above the experts": ("sweep run --num-selected-experts 9", "must be between 1 and 8, got 9"),
     "no device": ("evaluate run --device tpu", "device 'tpu' cannot be used"),
     "out is a file": ("evaluate run --out file", "file"),
     "out below a file": ("evaluate run --out file/out", "file/out: Not a directory"),
@@ -168,18 +169,18 @@ def results(folder: Path) -> dict:
 def test_train_evaluate_and_sweep(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = results(trained)
     assert (run["status"], run["step"]) == ("finished", 3)
-    # The model and the split of the run, in one batch as there: the same numbers.
-    common = ["--data", "fashion-mnist", "--split", "test[:100]"]
-    assert main(["evaluate", str(trained), *common, "--out", str(tmp_path / "e")]) == 0
+    # Without --data: the images of the run, in one batch as there, so the same numbers.
+    assert main(["evaluate", str(trained), "--out", str(tmp_path / "e")]) == 0
     evaluated = results(tmp_path / "e")
     assert evaluated["num_images"] == 100
+    assert (evaluated["data"], evaluated["split"], evaluated["batch_size"]) == ("fashion-mnist", "test[:100]", 256)
     assert evaluated["top1"] == run["eval"]["test"]["top1"]
     assert evaluated["loss"] == pytest.approx(run["eval"]["test"]["loss"], rel=1e-5)
     assert set(evaluated["per_class_accuracy"]) <= {"Bag", "Coat", "Dress", "Pullover", "Sandal", "Shirt", "Sneaker",
                                                     "T-shirt/top", "Trouser", "Ankle boot"}  # fmt: skip
     assert "top-1" in capsys.readouterr().out
     arguments = ["--capacity-factors", "1.05", "0.2", "--num-selected-experts", "1", "2"]
-    assert main(["sweep", str(trained), *common, *arguments, "--out", str(tmp_path / "s")]) == 0
+    assert main(["sweep", str(trained), *arguments, "--out", str(tmp_path / "s")]) == 0
     points = results(tmp_path / "s")["points"]
     assert len(points) == 2 * 2 * 2
     own = next(p for p in points if (p["num_selected_experts"], p["capacity_factor"]) == (2, 1.05))

@@ -118,7 +118,7 @@ def closing_words(
         "",
         *(f"  {out / name}: {what}" for name, what in pictures.items()),
         f"  {out / 'results.json'}: all numbers",
-        f"  {trained['model']}: the model, for `visionmoe evaluate {trained['model']}` and visionmoe.load",
+        f"  {trained['model']}: the trained model, for visionmoe.load",
     ]
 
 

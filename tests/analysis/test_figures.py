@@ -63,7 +63,7 @@ def test_every_figure_is_a_picture(tmp_path: Path):
     figures.accuracy_against_compute(tmp_path / "compute.png", points)
     images = np.random.default_rng(0).integers(0, 255, (2, 28, 28, 1), dtype=np.uint8)
     masks = [np.ones((2, 4, 4), dtype=bool), np.eye(4, dtype=bool)[None].repeat(2, 0)]
-    figures.kept_patches(tmp_path / "patches.png", images, masks, [1.0, 0.1], ["Bag", "Coat"], "Kept")
+    figures.kept_patches(tmp_path / "patches.png", images, masks, {1.0: 1.0, 0.1: 0.25}, ["Bag", "Coat"], "Kept")
     figures.experts_by_class(tmp_path / "experts.png", {1: np.eye(4)[:3], 3: np.full((3, 4), 0.25)}, "abc", "Experts")
     written = sorted(tmp_path.iterdir())
     assert [path.name for path in written] == ["compute.png", "curves.png", "experts.png", "patches.png"]

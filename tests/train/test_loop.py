@@ -99,28 +99,33 @@ def uninterrupted(tmp_path_factory):
     return out / "run"
 
 
-def test_killed_at_several_steps_gives_bitwise_the_same_parameters(uninterrupted, tmp_path):
+def test_killed_at_several_steps_gives_bitwise_the_same_parameters(tmp_path):
+    """SIGKILL twice, then SIGTERM, which saves; against a run that only stops at that step."""
     out = tmp_path / "run"
-    config = tiny(out, steps=4000)  # long enough to be killed at any moment; the schedule is of 4000 steps
+    config = tiny(out, steps=4000)  # long enough to be killed at any moment
     write_json(tmp_path / "config.json", to_dict(config))
     mode = "new"
-    for step in (1, 4, 7):
+    for step, number in ((1, signal.SIGKILL), (4, signal.SIGKILL), (9, signal.SIGTERM)):
         process = start(tmp_path / "config.json", mode)
         wait_for_step(out, step, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.send_signal(number)
+        assert process.wait() == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+        assert (out / "results.json").exists() == (number == signal.SIGTERM)
         mode = "resume"
-    assert not (out / "model").exists()
-    killed = max(step for step, _ in list_checkpoints(out))
-    straight = tiny(tmp_path / "straight", steps=4000, checkpoint_every=2, keep_last=1000)
-    run_until(straight, killed + 2)
-    run_until(tiny(out, steps=4000, checkpoint_every=2, keep_last=1000), killed + 2, resume=True)
-    for name in ("model", "optimizer", "ema"):
-        a, b = (load_file(path / "checkpoints" / f"step_{killed + 2:08d}" / f"{name}.safetensors")
-                for path in (out, tmp_path / "straight"))  # fmt: skip
-        assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys() and a
+    results = json.loads((out / "results.json").read_text())
+    saved, path = list_checkpoints(out)[-1]
+    assert (results["status"], results["exit_code"], results["step"]) == ("interrupted", 143, saved)
+    message = read_log(out / "log.jsonl")[-1]["message"]
+    assert message.startswith("SIGTERM: saved") and f"stopped at step {saved}" in message
     steps = logged_steps(out)
-    assert steps == sorted(set(steps))  # no step twice, though the killed lives had logged past their checkpoints
+    assert steps == list(range(1, saved + 1))  # no step twice, though lives had logged past their last checkpoint
+    run_until(dataclasses.replace(config, out=str(tmp_path / "straight")), saved)
+    for name in ("model", "optimizer", "ema"):
+        a, b = (
+            load_file(folder / f"{name}.safetensors")
+            for folder in (path, list_checkpoints(tmp_path / "straight")[-1][1])
+        )
+        assert a and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def run_until(config, step, resume=False):
@@ -146,20 +151,6 @@ def test_ctrl_c_and_resume_equals_the_uninterrupted_run(uninterrupted, tmp_path,
     assert logged_steps(tmp_path / "run") == list(range(1, STEPS + 1))
 
 
-def test_sigterm_saves_and_leaves_with_143(uninterrupted, tmp_path):
-    config = tiny(tmp_path / "run", steps=100_000, checkpoint_every=None)
-    write_json(tmp_path / "config.json", to_dict(config))
-    process = start(tmp_path / "config.json", "new")
-    wait_for_step(tmp_path / "run", 2, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
-    ((saved, _),) = list_checkpoints(tmp_path / "run")
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert (results["status"], results["exit_code"], results["step"]) == ("interrupted", 143, saved)
-    message = read_log(tmp_path / "run" / "log.jsonl")[-1]["message"]
-    assert message.startswith("SIGTERM: saved") and f"stopped at step {saved}" in message
-
-
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(uninterrupted, tmp_path):
     config = tiny(tmp_path / "run")
     run_until(config, 5)  # checkpoints 4 and 5
@@ -167,7 +158,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(uninterrupted,
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
-    with pytest.warns(UserWarning, match=r"step_00000005/optimizer\.safetensors is damaged.*going on from step_00000004"):
+    with pytest.warns(
+        UserWarning, match=r"step_00000005/optimizer\.safetensors is damaged.*going on from step_00000004"
+    ):
         run(config, resume=True)
     assert_same_weights(tmp_path / "run", uninterrupted)
 
@@ -229,7 +222,13 @@ def test_learns_evaluates_and_reports(tmp_path):
     assert results["eval"]["test"]["top1"] > 0.3  # ten classes
     assert results["best"]["test/top1"][1] in (30, 60)
     log = read_log(tmp_path / "run" / "log.jsonl")
-    assert [(r["kind"], r["step"]) for r in log] == [("train", 20), ("eval", 30), ("train", 40), ("train", 60), ("eval", 60)]
+    assert [(r["kind"], r["step"]) for r in log] == [
+        ("train", 20),
+        ("eval", 30),
+        ("train", 40),
+        ("train", 60),
+        ("eval", 60),
+    ]
     assert log[3]["main_loss"] < log[0]["main_loss"]
     health = log[0]["router"]["blocks.1"]
     assert sum(health["expert_load"]) == pytest.approx(1.0, abs=1e-4) and len(health["expert_load"]) == 4
@@ -280,7 +279,7 @@ def test_fine_tuning_resumes_without_the_checkpoint_it_came_from(uninterrupted, 
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-def test_bfloat16_accumulation_and_compile_run(tmp_path):
+def test_bfloat16_and_accumulation_run(tmp_path):
     config = tiny(tmp_path / "run", steps=3, precision="bfloat16", accumulation=4)
     assert run(config)["status"] == "finished"
 

@@ -12,7 +12,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from visionmoe.evaluate.adaptive import SweepPoint
@@ -111,30 +110,31 @@ def kept_patches(
     path: str | os.PathLike,
     images: np.ndarray,
     kept: Sequence[np.ndarray],
-    capacity_factors: Sequence[float],
+    shares: Mapping[float, float],
     names: Sequence[str],
     title: str = "",
 ) -> None:
     """A grid: one row per image, first as it is, then with the patches that each capacity drops darkened.
 
     images: uint8 (N, H, W, 1 or 3). kept: for every capacity factor (N, rows, columns) bool.
+    shares: capacity factor -> share of all patches of the batch that are kept, for the headings.
     """
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False, "axes.titleweight": "normal"}):
-        rows, columns = len(images), 1 + len(capacity_factors)
-        layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-        figure = Figure(figsize=(1.15 * columns, 1.15 * rows + 0.7), layout=layout)
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for row, image in enumerate(images):
-            pictures = [shaded(image, None), *(shaded(image, mask[row]) for mask in kept)]
-            for axis, picture in zip(grid[row], pictures, strict=True):
-                axis.imshow(picture, interpolation="nearest")
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(False)
-            grid[row, 0].set_ylabel(names[row], rotation=0, ha="right", va="center", labelpad=8)
-        grid[0, 0].set_title("image", loc="center", fontsize=10)
-        for axis, factor, masks in zip(grid[0, 1:], capacity_factors, kept, strict=True):
-            axis.set_title(f"C = {factor:g}\n{masks.mean():.0%} kept", loc="center", fontsize=9)
-        figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    cells = [[shaded(image, None), *(shaded(image, mask[row]) for mask in kept)] for row, image in enumerate(images)]
+    height, width = cells[0][0].shape[:2]
+    gap = 8
+    picture = mosaic(cells, gap)
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        scale = 1.15 / width  # inches per pixel
+        figure = Figure(figsize=(scale * picture.shape[1] + 1.0, scale * picture.shape[0] + 0.8))
+        axis = figure.add_axes((0, 0, 1, 1))
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_axis_off()
+        for row, name in enumerate(names):
+            axis.text(-gap, row * (height + gap) + height / 2, f"{name} ", ha="right", va="center")
+        headings = ["image", *(f"C = {factor:.2g}\n{share:.0%} kept" for factor, share in shares.items())]
+        for column, heading in enumerate(headings):
+            axis.text(column * (width + gap) + width / 2, -gap, heading, ha="center", va="bottom", fontsize=9)
+        axis.text(0, -gap - 0.42 / scale, title, fontsize=12, fontweight="bold", va="bottom")
         _save(figure, path)
 
 
@@ -183,6 +183,17 @@ def shaded(image: np.ndarray, kept: np.ndarray | None, zoom: int = 112) -> np.nd
     return big.astype(np.uint8)
 
 
+def mosaic(cells: Sequence[Sequence[np.ndarray]], gap: int) -> np.ndarray:
+    """Pictures of one size, uint8 (h, w, 3), in rows and columns on white, `gap` pixels apart."""
+    height, width = cells[0][0].shape[:2]
+    out = np.full(((height + gap) * len(cells) - gap, (width + gap) * len(cells[0]) - gap, 3), 255, dtype=np.uint8)
+    for row, line in enumerate(cells):
+        for column, cell in enumerate(line):
+            top, left = row * (height + gap), column * (width + gap)
+            out[top : top + height, left : left + width] = cell
+    return out
+
+
 def smooth(values: Sequence[float], share: float = 0.05) -> np.ndarray:
     """Running mean over a window of `share` of the points, at the ends over fewer."""
     given = np.asarray(values, dtype=np.float64)
@@ -205,7 +216,8 @@ def _load_panel(axis: Axes, layer: str, steps: Sequence[float], loads: np.ndarra
     smoothed = np.stack([smooth(column) for column in loads.T])
     colours = list(itertools.islice(itertools.cycle(_EXPERT_COLOURS), len(smoothed)))
     axis.stackplot(list(steps), smoothed, colors=colours, alpha=0.9, linewidth=0)
-    axis.set(title=f"Share of each expert, {layer}", xlabel="step", ylim=(0, 1), xlim=(min(steps), max(steps)))
+    axis.set(title=f"Share of each expert, {layer}", xlabel="step", ylim=(0, 1))
+    axis.margins(x=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.grid(False)
 

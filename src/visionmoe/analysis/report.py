@@ -63,7 +63,7 @@ def draw_kept_patches(
     batch_priority: bool,
     classes: Sequence[int],
     factors: Sequence[float] = FACTORS,
-) -> dict[str, float]:
+) -> dict[float, float]:
     """Photographs of the batch with the patches that the last sparse layer processes at every capacity factor.
 
     Returns the share of all patches of the batch that are kept, by capacity factor.
@@ -76,16 +76,17 @@ def draw_kept_patches(
     kept = kept_patches(model, images, settings)[layer]
     rows = spread_examples(labels, classes)
     pictures = to_uint8(images[rows]).permute(0, 2, 3, 1).cpu().numpy()  # (B, C, H, W) -> (B, H, W, C)
+    shares = {factor: mask.float().mean().item() for factor, mask in zip(factors, kept, strict=True)}
     order = "batch-priority" if batch_priority else "vanilla"
     figures.kept_patches(
         path,
         pictures,
         [mask[rows].numpy() for mask in kept],
-        factors,
+        shares,
         [class_names[label] for label in labels[rows].tolist()],
         title=f"What is left when experts have fewer places: block {layer}, K={k}, {order} routing",
     )
-    return {f"{factor:g}": mask.float().mean().item() for factor, mask in zip(factors, kept, strict=True)}
+    return shares
 
 
 def draw_report(

@@ -25,9 +25,7 @@ def run_evaluate(options: Evaluate) -> None:
     changes = (options.num_selected_experts, options.capacity_factor, options.batch_priority)
     if any(change is not None for change in changes):
         model.set_routing(*changes)
-    loader = evaluation_images(
-        options.data, options.split, model, batch_size=options.batch_size, workers=options.workers
-    )
+    loader = evaluation_images(options, model)
     with progress("evaluating", loader.num_images) as advance:
         result = evaluate(model, loader, autocast=options.bf16, class_names=loader.class_names, on_batch=advance)
     write_json(
@@ -35,8 +33,9 @@ def run_evaluate(options: Evaluate) -> None:
         {
             "command": "evaluate",
             "model": options.path,
-            "data": options.data,
-            "split": options.split,
+            "data": loader.config.source,
+            "split": loader.config.eval_split,
+            "batch_size": loader.config.eval_batch_size,
             "routing": to_dict(model.config.moe.routing()) if model.moe_layers else None,
             "flops_per_image": count_flops(model),
             **result,
@@ -52,9 +51,7 @@ def run_sweep(options: Sweep) -> None:
 
     out = output_folder(options.out)
     model = load_model(options.path, options.config, options.device)
-    loader = evaluation_images(
-        options.data, options.split, model, batch_size=options.batch_size, workers=options.workers
-    )
+    loader = evaluation_images(options, model)
     orders = {"vanilla": (False,), "batch-priority": (True,), "both": (False, True)}[options.order]
     experts = options.num_selected_experts or (model.config.moe.num_selected_experts,)
     settings = routing_grid(experts, options.capacity_factors, orders)
@@ -69,8 +66,9 @@ def run_sweep(options: Sweep) -> None:
         {
             "command": "sweep",
             "model": options.path,
-            "data": options.data,
-            "split": options.split,
+            "data": loader.config.source,
+            "split": loader.config.eval_split,
+            "batch_size": loader.config.eval_batch_size,
             "num_images": loader.num_images,
             "points": [dataclasses.asdict(point) for point in points],
             "broken_images": loader.broken,

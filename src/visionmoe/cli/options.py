@@ -70,10 +70,10 @@ class Evaluate:
 
     path: ModelPath
     """A run, a folder that save_pretrained wrote, a released checkpoint's name, or its PREFIX with --config."""
-    data: str = "fashion-mnist"
-    """fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME."""
-    split: str = "test"
-    """Part of the data, e.g. test or train[99%:]."""
+    data: Text = None
+    """fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME. Default: those of the run."""
+    split: Text = None
+    """Part of the data, e.g. test or train[99%:]. Default: test, or that of the run."""
     config: File = None
     """config.json of a released PREFIX."""
     num_selected_experts: Integer = None
@@ -84,9 +84,9 @@ class Evaluate:
     """Batch-priority routing in the place of the model's own order."""
     image_size: Integer = None
     """Pixels, in the place of the model's own size; position embeddings are resized."""
-    batch_size: int = 256
+    batch_size: Integer = None
     """Images per forward pass."""
-    workers: int = 0
+    workers: Integer = None
     """Processes that decode images."""
     bf16: bool = False
     """Compute in bfloat16 where that is safe."""
@@ -102,9 +102,9 @@ class Sweep:
 
     path: ModelPath
     """A trained model, as for evaluate."""
-    data: str = "fashion-mnist"
+    data: Text = None
     """Images, as for evaluate."""
-    split: str = "test"
+    split: Text = None
     """Part of the data."""
     config: File = None
     """config.json of a released PREFIX."""
@@ -114,9 +114,9 @@ class Sweep:
     """Experts per token (K) to try. Default: the model's own."""
     order: Literal["vanilla", "batch-priority", "both"] = "both"
     """Which tokens find a place first: by position, or by the router's confidence."""
-    batch_size: int = 256
+    batch_size: Integer = None
     """Images per forward pass; they compete for the experts' places."""
-    workers: int = 0
+    workers: Integer = None
     """Processes that decode images."""
     bf16: bool = False
     """Compute in bfloat16 where that is safe."""

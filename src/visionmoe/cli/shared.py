@@ -1,6 +1,7 @@
 """What several commands do: the output folder, the model, the images, the progress bar."""
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 
 from visionmoe.checkpoint.load import load
+from visionmoe.cli.options import Evaluate, Sweep
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
+from visionmoe.data.sources import KINDS
 from visionmoe.model.vit import VisionTransformer
+from visionmoe.train.config import read_config
 
 
 def output_folder(path: Path) -> Path:
@@ -52,26 +56,36 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def evaluation_images(
-    data: str, split: str, model: VisionTransformer, *, batch_size: int, workers: int = 0
-) -> EvalLoader:
-    """The images of a split at the model's size. ValueError when they have more classes than the model."""
+def evaluation_images(options: Evaluate | Sweep, model: VisionTransformer) -> EvalLoader:
+    """The images that the options name, at the model's size; by default those on which a run evaluates itself.
+
+    ValueError when no images are named or they have more classes than the model.
+    """
     config = model.config
     if config.num_classes is None:
         raise ValueError("the model has no head (num_classes is None), so it cannot classify")
-    loader = EvalLoader(
-        DataConfig(
-            source=data,
-            eval_split=split,
-            image_size=config.image_size,
-            in_channels=config.in_channels,
-            eval_batch_size=batch_size,
-            workers=workers,
-        )
-    )
+    given = {
+        "source": options.data,
+        "eval_split": options.split or ("test" if options.data else None),
+        "eval_batch_size": options.batch_size,
+        "workers": options.workers,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    changes |= {"image_size": config.image_size, "in_channels": config.in_channels}
+    data = dataclasses.replace(data_of_run(options.path, required=options.data is None), **changes)
+    loader = EvalLoader(data)
     if loader.num_classes > config.num_classes:
-        raise ValueError(f"the model has {config.num_classes} classes, {data} has {loader.num_classes}")
+        raise ValueError(f"the model has {config.num_classes} classes, {data.source} has {loader.num_classes}")
     return loader
+
+
+def data_of_run(path: str, *, required: bool) -> DataConfig:
+    """The images of the run in `path`; where there is no run, the defaults, or ValueError when `required`."""
+    if (Path(path) / "model" / "config.json").is_file():
+        return read_config(str(Path(path) / "config.json")).data
+    if required:
+        raise ValueError(f"{path} is no run that says its images: give --data, one of {KINDS}")
+    return DataConfig()
 
 
 @contextlib.contextmanager

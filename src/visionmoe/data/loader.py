@@ -63,9 +63,7 @@ class _Loader:
             except (RuntimeError, OSError, EOFError) as error:
                 # A batch is a function of its number, so nothing is lost. When the cause is not a dead worker but the
                 # batch itself, making it here shows the true error.
-                _log.warning(
-                    "worker processes failed, the main process goes on alone: %s", " ".join(str(error).split())
-                )
+                _log.warning("worker processes failed, the main process goes on alone: %s", one_line(error))
             numbers = numbers[made:]
         yield from map(self._batches.__getitem__, numbers)
 

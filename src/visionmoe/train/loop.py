@@ -5,7 +5,8 @@
     OUT/model/         the trained model, for `visionmoe.load`
 
 Nothing random is carried from step to step: the order of images, their augmentation, mixup, router noise and dropout
-follow from (seed, step), so the parameters, the optimizer and the step's number are the whole state.
+follow from (seed, step), so the parameters, the optimizer and the step's number are the whole state. Bitwise means: on
+the CPU with as many threads as before; on a GPU some of torch's sums depend on the order in which threads arrive.
 """
 
 import time
@@ -24,7 +25,7 @@ from visionmoe.train.log import Means, RunLog, router_health
 from visionmoe.train.progress import ProgressLine
 from visionmoe.train.setup import Parts, prepare
 from visionmoe.train.signals import StopRequest, stop_on_signals
-from visionmoe.train.state import save_training
+from visionmoe.train.state import choose_device, save_training
 from visionmoe.train.step import StepResult, train_step
 
 Evaluator = Callable[[nn.Module, int], Mapping[str, Any]]
@@ -49,7 +50,8 @@ def run_training(
     or 130. The caller's random state is left as it was.
     Raises ValueError for a config that cannot be run, and TrainingDivergedError (a ValueError).
     """
-    with torch.random.fork_rng(), stop_on_signals() as stop:
+    device = choose_device(config.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), stop_on_signals() as stop:
         parts = prepare(config, resume)
         trainer = Trainer(parts, dict(evaluators or {}), stop, show_progress)
         try:
