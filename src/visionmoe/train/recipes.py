@@ -23,47 +23,51 @@ KERNELS = r"(proj|qkv|q|kv|fc1|fc2|gate|pre_logits|head)\.weight$"
 def fashion_mnist(model: str | None = None) -> TrainConfig:
     """A small V-MoE on the embedded Fashion-MNIST images (12,000 of 28 x 28, ten classes).
 
-    `visionmoe train --recipe fashion_mnist`. Patch 7, D 96, 4 blocks, 8 experts, K 2, the last two blocks sparse.
+    `visionmoe train --recipe fashion_mnist`. Patch 7, D 128, 3 blocks, 8 experts, K 2, the last two blocks sparse.
+    87.8 % on the 2,000 test images (one seed), some four minutes on two cores.
     """
     small = ModelConfig(
-        image_size=28, patch_size=7, in_channels=1, num_classes=10, hidden_size=96, num_layers=4, mlp_dim=384,
-        num_heads=4, moe=MoEConfig(num_experts=8, layers=(2, 3), num_selected_experts=2),
+        image_size=28, patch_size=7, in_channels=1, num_classes=10, hidden_size=128, num_layers=3, mlp_dim=256,
+        num_heads=4, pooling="gap", moe=MoEConfig(num_experts=8, layers=(1, 2), num_selected_experts=2),
     )  # fmt: skip
     config = TrainConfig(
         recipe="fashion_mnist",
         out="runs/fashion_mnist",
         model=small,
-        data=DataConfig(source="fashion-mnist", image_size=28, in_channels=1, batch_size=256, crop="pad"),
-        optimizer=_adam(3e-3, warmup_steps=100, weight_decay=0.05),
-        epochs=30,
-        eval_every=235,
-        checkpoint_every=235,
-        log_every=20,
+        data=DataConfig(
+            source="fashion-mnist", image_size=28, in_channels=1, batch_size=128, crop="pad", crop_padding=1
+        ),
+        label_smoothing=0.1,
+        optimizer=_adam(2e-3, warmup_steps=50, weight_decay=0.1),
+        ema_decay=0.995,
+        epochs=20,
+        eval_every=375,
+        checkpoint_every=375,
+        log_every=25,
     )
     return with_model(config, model) if model else config
 
 
 def cifar10_small(model: str | None = None) -> TrainConfig:
-    """A small V-MoE on colour images of 32 x 32, such as CIFAR-10's; meant for one CPU.
+    """A small V-MoE on colour images of 32 x 32, such as CIFAR-10's; about ten minutes on two cores.
 
-    `visionmoe train --recipe cifar10_small --data parquet:PATH`. Patch 4, D 128, 6 blocks, 8 experts, K 2, every second
-    block sparse.
+    `visionmoe train --recipe cifar10_small --data parquet:PATH`. Patch 4, D 96, 4 blocks, 8 experts, K 2, every second
+    block sparse. Flips only: in so few epochs more augmentation costs accuracy.
     """
     small = ModelConfig(
-        image_size=32, patch_size=4, in_channels=3, num_classes=10, hidden_size=128, num_layers=6, mlp_dim=256,
-        num_heads=4, pooling="gap", moe=MoEConfig(num_experts=8, layers=(1, 3, 5), num_selected_experts=2),
+        image_size=32, patch_size=4, in_channels=3, num_classes=10, hidden_size=96, num_layers=4, mlp_dim=192,
+        num_heads=4, pooling="gap", moe=MoEConfig(num_experts=8, layers=(1, 3), num_selected_experts=2),
     )  # fmt: skip
     config = TrainConfig(
         recipe="cifar10_small",
         out="runs/cifar10_small",
         model=small,
-        data=DataConfig(
-            source="torchvision:CIFAR10", image_size=32, in_channels=3, batch_size=256, crop="pad", crop_padding=4
-        ),
-        optimizer=_adam(2e-3, warmup_steps=200, weight_decay=0.05),
-        epochs=10,
+        data=DataConfig(source="torchvision:CIFAR10", image_size=32, in_channels=3, batch_size=128, crop="resize"),
+        optimizer=_adam(2e-3, warmup_steps=50, weight_decay=0.05),
+        ema_decay=0.99,
+        epochs=3.5,
         eval_every=400,
-        checkpoint_every=200,
+        checkpoint_every=400,
     )
     return with_model(config, model) if model else config
 
