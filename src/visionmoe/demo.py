@@ -15,6 +15,7 @@ from typing import Any
 from visionmoe.analysis.report import FACTORS, draw_report
 from visionmoe.checkpoint.load import load
 from visionmoe.cli.evaluation import summary, table
+from visionmoe.cli.main import warnings_on_stderr
 from visionmoe.cli.shared import output_folder, progress
 from visionmoe.cli.training import DEFAULT_RECIPE, train
 from visionmoe.config import to_dict
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="change a field of the run's config")  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
-        return run(arguments.out, arguments.changes)
+        with warnings_on_stderr():
+            return run(arguments.out, arguments.changes)
     except (ValueError, OSError) as error:
         print(f"visionmoe.demo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -47,7 +47,7 @@ def test_dense_twin_has_equal_flops():
         vm.count_flops(vm.create_model(get_recipe(name).model)) for name in ("cifar10_small", "cifar10_small_dense")
     ]
     assert flops[1] == pytest.approx(flops[0], rel=0.02)
-    moe = get_recipe("fashion_mnist").model  # 2 of 4 blocks with K 2: MLPs 1.5 times as wide
+    moe = vm.ModelConfig(num_layers=4, moe=vm.MoEConfig(layers=(1, 3)))  # 2 of 4 blocks with K 2: 1.5 times as wide
     assert dense_twin(moe).mlp_dim == 1.5 * moe.mlp_dim and not dense_twin(moe).moe.layers
 
 
@@ -55,14 +55,14 @@ def test_assign_sets_any_field():
     config = assign(
         get_recipe("fashion_mnist"),
         ["steps=7", "optimizer.learning_rate.peak_value=1e-4", "optimizer.weight_decay=[['fc1', 0.1]]",
-         "optimizer.options.b2=0.95", "model.moe.layers=[1, 3]", "data.flip=False", "loss=sigmoid", "ema_decay=null",
+         "optimizer.options.b2=0.95", "model.moe.layers=[0, 2]", "data.flip=False", "loss=sigmoid", "ema_decay=null",
          "data.source=folder:a=b"],
     )  # fmt: skip
     assert (config.steps, config.epochs) == (7, None)
     assert config.optimizer.learning_rate.peak_value == 1e-4
     assert config.optimizer.arguments()["weight_decay"] == (("fc1", 0.1),)
     assert config.optimizer.arguments()["b2"] == 0.95
-    assert config.model.moe.layers == (1, 3) and config.data.flip is False
+    assert config.model.moe.layers == (0, 2) and config.data.flip is False
     assert config.data.source == "folder:a=b"
     assert assign(config, ["epochs=2"]).steps is None
     assert assign(config, ["init_from=x"]).model is None
@@ -86,7 +86,7 @@ def test_assign_image_size_sets_model_and_data():
         ("steps", "must be NAME=VALUE, got 'steps'"),
         ("out.x=1", "out is one value, not a table"),
         ("data.image_size=32", r"model\.image_size must be data\.image_size, got 28 and 32"),
-        ("accumulation=3", r"batch_size must be a multiple of accumulation, got 256 and 3"),
+        ("accumulation=3", r"batch_size must be a multiple of accumulation, got 128 and 3"),
         ("model.moe.num_selected_experts=9", "num_selected_experts must be between 1 and 8, got 9"),
         ("ema_decay=1.0", r"ema_decay must be >= 0 and < 1, got 1\.0"),
         ("loss=hinge", "loss must be .* got 'hinge'"),

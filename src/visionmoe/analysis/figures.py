@@ -65,7 +65,7 @@ def learning_curves(
         axes[1].plot(train["step"], smooth(train["accuracy"]), color=_BLUE, label="training batches")
         axes[1].plot(evaluations["step"], evaluations["top1"], "o-", color=_ORANGE, markersize=5, label="test images")
         axes[1].set(title="Accuracy", xlabel="step", ylim=(None, 1.0))
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes[1].legend(loc="lower right")
         for axis, (layer, loads) in zip(axes[2:], expert_load.items(), strict=True):
             _load_panel(axis, layer, train["step"], np.asarray(loads))
@@ -101,7 +101,7 @@ def accuracy_against_compute(path: str | os.PathLike, points: Sequence[SweepPoin
         left.set(title=title or "Accuracy when experts have fewer places", xlabel="capacity factor", ylabel="top-1")
         left.invert_xaxis()
         right.set(title="Accuracy against compute", xlabel="million operations per image")
-        left.yaxis.set_major_formatter(PercentFormatter(1.0))
+        left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         right.legend(loc="lower right")
         _save(figure, path)
 

@@ -1,10 +1,11 @@
 """Entry point: finds the command, parses its options, and turns every user's mistake into one line and exit code 2."""
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from visionmoe import __version__
 from visionmoe.cli import options
@@ -30,9 +31,11 @@ EXTRAS = {
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {one_line(record.getMessage())}"
+class _StandardError(logging.Handler):
+    """One line per record, on what standard error is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {one_line(record.getMessage())}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,8 +74,8 @@ def _run(name: str, arguments: list[str]) -> int:
     chosen = parse(kind, arguments, prog=f"visionmoe {name}")
     if chosen is None:  # --help was asked for and printed
         return DONE
-    _log_to_stderr()
-    return importlib.import_module(module).run(chosen) or DONE
+    with warnings_on_stderr():
+        return importlib.import_module(module).run(chosen) or DONE
 
 
 def _help() -> str:
@@ -105,11 +108,12 @@ def _message(error: BaseException) -> str:
     return one_line(str(error) or type(error).__name__)
 
 
-def _log_to_stderr() -> None:
-    logger = logging.getLogger("visionmoe")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_OneLine())
-        logger.addHandler(handler)
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
+@contextlib.contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Within it, warnings of this package are lines on standard error."""
+    logger, handler = logging.getLogger("visionmoe"), _StandardError(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
