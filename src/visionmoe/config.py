@@ -33,7 +33,7 @@ class MoEConfig:
     "batch": all tokens of a call are one group, or "image": one group per image.
     router: "top_k" (noisy top-K experts per token, arXiv 2106.05974), "expert_choice" (top-C tokens per
     expert, arXiv 2202.09368) or "soft" (Soft MoE, arXiv 2308.00951).
-    noise_std: router noise in training; the top-K routers divide it by the number of experts.
+    noise_std: router noise in training, divided by the number of experts (not so in Soft MoE); None: 1, Soft MoE 0.
     num_slots: Soft MoE's slots per expert; None derives them from capacity_factor and one image's tokens.
     split_rngs: False starts all experts of a layer from the same weights, as the reference does.
     layer_routing: settings of single layers (block index -> setting) that replace the common ones.
@@ -48,7 +48,7 @@ class MoEConfig:
     capacity_multiple_of: int | None = 4
     group_size: int | Literal["batch", "image"] = "batch"
     router: Literal["top_k", "expert_choice", "soft"] = "top_k"
-    noise_std: float = 1.0
+    noise_std: float | None = None
     importance_loss_weight: float = 0.005
     load_loss_weight: float = 0.005
     gshard_loss_weight: float = 0.0
@@ -60,7 +60,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_experts", "num_selected_experts", "ensemble_size")
-        _at_least(self, 0, "noise_std", "importance_loss_weight", "load_loss_weight", "gshard_loss_weight")
+        _at_least(self, 0, "importance_loss_weight", "load_loss_weight", "gshard_loss_weight")
         _one_of(self, "router", ("top_k", "expert_choice", "soft"))
         _one_of(self, "capacity_ceil_or_round", ("ceil", "round"))
         _rate(self, "expert_dropout_rate")
@@ -70,6 +70,8 @@ class MoEConfig:
             _at_least(self, 1, "group_size")
         if self.num_slots is not None:
             _at_least(self, 1, "num_slots")
+        if self.noise_std is not None:
+            _at_least(self, 0, "noise_std")
         if self.num_experts % self.ensemble_size:
             raise ValueError(
                 f"num_experts must be a multiple of ensemble_size, got {self.num_experts} and {self.ensemble_size}"
@@ -78,6 +80,13 @@ class MoEConfig:
             raise ValueError(f"ensemble_size > 1 needs router 'top_k', got {self.router!r}")
         for layer in (None, *self.layer_routing):
             self.check_routing(self.routing(layer))
+
+    @property
+    def router_noise(self) -> float:
+        """noise_std, with its default by router."""
+        if self.noise_std is None:
+            return 0.0 if self.router == "soft" else 1.0
+        return self.noise_std
 
     def routing(self, layer: int | None = None) -> RoutingSetting:
         """The setting that block `layer` uses (None: the common one)."""

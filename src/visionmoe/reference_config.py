@@ -5,8 +5,11 @@ from typing import Any
 
 from visionmoe.config import check_names
 
-# Options that only say how the reference computes, not what: accepted, without effect here.
-_HINTS = {"partition_spec", "einsum_precision", "precision", "bfloat16", "dtype", "compute_similarity_metrics"}
+# Options that only say how the reference computes or starts, not what: accepted, without effect here.
+_HINTS = {
+    *("partition_spec", "einsum_precision", "precision", "bfloat16", "dtype", "compute_similarity_metrics"),
+    *("deterministic", "head_kernel_zero_init"),
+}
 _MODEL_OPTIONS = "num_classes patch_size hidden_size representation_size head_bias_init"
 _ENCODER_OPTIONS = "num_layers mlp_dim num_heads dropout_rate attention_dropout_rate attention_qk_norm"
 _ROUTER_OPTIONS = (
@@ -42,21 +45,21 @@ def translate(reference: Mapping[str, Any], image_size: int | tuple[int, int] | 
     image_size = model.pop("image_size", image_size)
     if image_size is None:
         raise ValueError("the reference's config has no image_size: give image_size=PIXELS")
-    encoder = dict(model.pop("encoder", {}))
+    model["num_classes"] = model.get("num_classes") or None  # 0 is no head, too
+    encoder = _table("encoder", model.pop("encoder", {}))
     out = {
         "image_size": image_size,
-        "pooling": {"0": "token"}.get(model.get("classifier", "token"), model.get("classifier", "token")),
+        "pooling": model.get("classifier", "token"),
         **_take(model, _MODEL_OPTIONS),
         **_take(encoder, _ENCODER_OPTIONS),
-        "pos_embed": _position(dict(encoder.pop("position_emb", None) or {})),
+        "pos_embed": _position(_table("position_emb", encoder.pop("position_emb", None))),
         "moe": _moe(
-            dict(encoder.pop("moe", None) or {}),
+            _table("moe", encoder.pop("moe", None)),
             ensemble=name.endswith("Ensemble"),
             dropout_rate=encoder.get("dropout_rate", 0.0),
         ),
     }
-    _must_be(model, "head_kernel_zero_init", True)
-    _finish("the reference's model", model, f"{_MODEL_OPTIONS} classifier head_kernel_zero_init")
+    _finish("the reference's model", model, f"{_MODEL_OPTIONS} classifier")
     _finish("the reference's encoder", encoder, _ENCODER_OPTIONS)
     return out
 
@@ -71,12 +74,17 @@ def _position(position: dict[str, Any]) -> str:
 def _moe(moe: dict[str, Any], *, ensemble: bool, dropout_rate: float) -> dict[str, Any]:
     if not moe:
         return {}
-    router = dict(moe.pop("router", None) or {})
+    router = _table("router", moe.pop("router", None))
     full_name = router.pop("name", "NoisyTopExpertsPerItemRouter")
     kind = _ROUTERS.get(str(full_name).rpartition(".")[2])
     if kind is None:
         raise ValueError(f"the reference's router must be one of {', '.join(_ROUTERS)}, got {full_name!r}")
-    dispatcher = dict(router.pop("dispatcher", None) or {})
+    dispatcher = _table("dispatcher", router.pop("dispatcher", None))
+    if not isinstance(moe.get("split_rngs", False), bool):  # or the names of what is split
+        moe["split_rngs"] = "params" in moe["split_rngs"]
+    if router.get("deterministic"):
+        router["noise_std"] = 0.0
+    _must_be(router, "deterministic", True)
     out = {
         "router": kind,
         **_ROUTER_DEFAULTS[kind],
@@ -89,15 +97,23 @@ def _moe(moe: dict[str, Any], *, ensemble: bool, dropout_rate: float) -> dict[st
     if kind == "soft":  # slots come from the group: the reference rounds, without a multiple
         out |= {"capacity_ceil_or_round": "round", "capacity_multiple_of": None}
         out["capacity_factor"] = out["capacity_factor"] or 1.0
-        out["group_size"] = moe.get("group_size", "image")
+        out["group_size"] = moe.get("group_size") or "image"
     if kind == "expert_choice":
         out["num_selected_experts"] = 1
     if ensemble:
+        if "ensemble_size" not in moe:
+            raise ValueError("the reference's moe of an ensemble must say ensemble_size")
         out["ensemble_size"] = moe.pop("ensemble_size")
     _finish("the reference's moe", moe, "num_experts layers group_size split_rngs")
     _finish("the reference's router", router, _ROUTER_OPTIONS)
     _finish("the reference's dispatcher", dispatcher, f"name {_DISPATCHER_OPTIONS}")
     return out
+
+
+def _table(what: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"the reference's {what} must be a table of options, got {value!r}")
+    return dict(value or {})
 
 
 def _take(options: dict[str, Any], names: str) -> dict[str, Any]:

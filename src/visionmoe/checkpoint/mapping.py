@@ -79,10 +79,11 @@ def params_from_vmoe(
 def params_to_vmoe(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
     """The reference's arrays from our parameters or gradients; the inverse of `params_from_vmoe`.
 
-    bfloat16, which numpy has not, becomes float32. ValueError for missing, additional or misshapen tensors.
+    The arrays have memory of their own. bfloat16, which numpy has not, becomes float32. ValueError for missing,
+    additional or misshapen tensors.
     """
     return {
-        name: (view.float() if view.dtype == torch.bfloat16 else view).contiguous().numpy()
+        name: (view.float() if view.dtype == torch.bfloat16 else view).contiguous().numpy().copy()
         for name, view in tensors_to_vmoe(state, config).items()
     }
 
@@ -140,7 +141,12 @@ def place(blocks: Iterable[Block], views: Mapping[str, Tensor], bfloat16: Iterab
 
 
 def _tensor(array: np.ndarray | Tensor) -> Tensor:
-    return array if isinstance(array, Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    if isinstance(array, Tensor):
+        return array
+    array = np.require(array, requirements=["C", "W"])
+    if array.dtype.name == "bfloat16":  # of the package ml_dtypes
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _groups(axes: str) -> list[str]:

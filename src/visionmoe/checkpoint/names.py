@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from visionmoe.config import ModelConfig
-from visionmoe.model.routing import compute_capacity
+from visionmoe.model.soft import slots_per_expert
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     moe, (height, width) = config.moe, config.patch_hw
     slots = 0
     if moe.layers and moe.router == "soft":
-        slots = moe.num_slots or compute_capacity(
-            config.num_tokens, moe.num_experts, moe.capacity_factor, moe.capacity_ceil_or_round,
-            moe.capacity_multiple_of,
-        )  # fmt: skip
+        slots = slots_per_expert(moe, config.num_tokens)
     return {
         "1": 1, "D": config.hidden_size, "F": config.mlp_dim, "H": config.num_heads,
         "A": config.hidden_size // config.num_heads, "E": moe.num_experts, "M": moe.ensemble_size,

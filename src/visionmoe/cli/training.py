@@ -12,7 +12,6 @@ from torch import nn
 from visionmoe.cli.evaluation import summary
 from visionmoe.cli.options import Finetune, Train
 from visionmoe.cli.shared import model_folder, output_folder
-from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
 from visionmoe.evaluate.classify import ClassificationEvaluator
 from visionmoe.train.config import TrainConfig, assign, read_config, with_model
@@ -36,13 +35,13 @@ def run(options: Train | Finetune) -> int:
 
 def train(config: TrainConfig, *, resume: bool) -> dict[str, Any]:
     """Trains as `config` says, evaluating on its evaluation split; see `visionmoe.train.loop.run_training`."""
-    return run_training(config, {"test": evaluator_of(config.data, bf16=config.precision == "bfloat16")}, resume=resume)
+    return run_training(config, {"test": evaluator_of(config)}, resume=resume)
 
 
-def evaluator_of(data: DataConfig, *, bf16: bool = False) -> Evaluator:
+def evaluator_of(config: TrainConfig) -> Evaluator:
     """The evaluator of a run's images, built once."""
-    loader = EvalLoader(data)
-    classify = ClassificationEvaluator(loader, autocast=bf16, class_names=loader.class_names)
+    loader, bf16 = EvalLoader(config.data), config.precision == "bfloat16"
+    classify = ClassificationEvaluator(loader, autocast=bf16, loss=config.loss, class_names=loader.class_names)
 
     def evaluate(model: nn.Module, step: int) -> Mapping[str, Any]:
         return classify(model)
@@ -54,6 +53,9 @@ def train_config(options: Train) -> TrainConfig:
     """The recipe or the config of an earlier run, with what the command line changes."""
     if options.config is not None and options.recipe is not None:
         raise ValueError("give --recipe or --config, one of them")
+    stored = stored_config(options)
+    if stored is not None and options.recipe is None and options.config is None and options.model is None:
+        return changed(stored, options, Path(stored.out))
     name = options.recipe or DEFAULT_RECIPE
     if options.config is None:
         config = get_recipe(name, options.model)
@@ -68,10 +70,20 @@ def train_config(options: Train) -> TrainConfig:
 
 def finetune_config(options: Finetune) -> TrainConfig:
     """The recipe with the trained model in the place of the recipe's own."""
+    stored = stored_config(options)
+    if stored is not None:
+        return changed(stored, options, Path(stored.out))
     config = get_finetuning(options.recipe, model_folder(options.path))
     if options.model_config is not None:
         config = dataclasses.replace(config, init_config=str(options.model_config))
     return changed(config, options, options.out or Path("runs") / options.recipe)
+
+
+def stored_config(options: Train | Finetune) -> TrainConfig | None:
+    """The config of the run in --out that --resume goes on with; None where there is none yet."""
+    if not options.resume or options.out is None or not (options.out / "config.json").is_file():
+        return None
+    return dataclasses.replace(read_config(str(options.out / "config.json")), out=str(options.out))
 
 
 def changed(config: TrainConfig, options: Train | Finetune, out: Path) -> TrainConfig:

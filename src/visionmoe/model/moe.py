@@ -63,8 +63,7 @@ class SoftMoE(nn.Module):
     def __init__(self, config: MoEConfig, num_tokens: int, hidden_size: int, mlp_dim: int) -> None:
         super().__init__()
         self.config = config
-        group = num_tokens if isinstance(config.group_size, str) else config.group_size
-        self.router = SoftRouter(config, hidden_size, group)
+        self.router = SoftRouter(config, hidden_size, num_tokens)
         self.experts = Experts(config.num_experts, hidden_size, mlp_dim, config.expert_dropout_rate)
 
     def reset_parameters(self) -> None:

@@ -30,13 +30,14 @@ class Router(nn.Module):
         """x: (G, S, D). Returns the routing, the auxiliary loss () and metrics; losses per group (and member)."""
         with torch.autocast(x.device.type, enabled=False):
             logits = self._logits(x.float())  # (G, M, S/M, E/M)
-            noise_std = self.config.noise_std / logits.shape[-1] if self.training else 0.0
+            noise_std = self.config.router_noise / logits.shape[-1] if self.training else 0.0
             noisy = logits + noise_std * torch.randn_like(logits) if noise_std else logits
             probs = torch.softmax(noisy, dim=-1)
             losses = self._losses(logits, noisy, probs, noise_std, setting.num_selected_experts)
             result = self._route(probs, setting)
-            auxiliary = self._weighted(losses, logits.new_zeros(()))
-        return result, auxiliary, {k: v.detach() for k, v in losses.items()} | _health(result, probs)
+            losses["auxiliary_loss"] = self._weighted(losses, logits)
+        metrics = {name: loss.detach() for name, loss in losses.items()} | _health(result, probs)
+        return result, losses["auxiliary_loss"].mean(), metrics
 
     def _logits(self, x: Tensor) -> Tensor:
         """(G, S, D) -> (G, M, S/M, E/M); without an ensemble M is 1."""
@@ -61,13 +62,16 @@ class Router(nn.Module):
         }
         if noise_std:
             losses["load_loss"] = routing.load_loss(flat[0], flat[1], noise_std, k)
-        shape = logits.shape[:2] if self.config.ensemble_size > 1 else logits.shape[:1]
-        return {name: loss.view(shape) for name, loss in losses.items()}
+        return {name: loss.view(self._loss_shape(logits)) for name, loss in losses.items()}
 
-    def _weighted(self, losses: dict[str, Tensor], start: Tensor) -> Tensor:
-        """Sum of weight * mean loss; a weight of 0 leaves the loss out, so that it cannot bring a NaN gradient."""
+    def _loss_shape(self, logits: Tensor) -> torch.Size:
+        return logits.shape[:2] if self.config.ensemble_size > 1 else logits.shape[:1]
+
+    def _weighted(self, losses: dict[str, Tensor], logits: Tensor) -> Tensor:
+        """Sum of weight * loss, (G,) or (G, M); a weight of 0 leaves the loss and its NaN gradients, if any, out."""
         weights = {name: getattr(self.config, f"{name}_weight") for name in losses}
-        return sum((losses[n].mean() * w for n, w in weights.items() if w > 0), start=start)
+        start = logits.new_zeros(self._loss_shape(logits))
+        return sum((losses[name] * weight for name, weight in weights.items() if weight > 0), start=start)
 
     def _route(self, probs: Tensor, setting: RoutingSetting) -> Routing:
         _, members, size, experts = probs.shape

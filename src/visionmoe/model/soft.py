@@ -16,10 +16,7 @@ class SoftRouter(nn.Module):
     def __init__(self, config: MoEConfig, hidden_size: int, num_tokens: int) -> None:
         super().__init__()
         self.config = config
-        slots = config.num_slots or compute_capacity(
-            num_tokens, config.num_experts, config.capacity_factor, config.capacity_ceil_or_round,
-            config.capacity_multiple_of,
-        )  # fmt: skip
+        slots = slots_per_expert(config, num_tokens)
         self.mu = nn.Parameter(torch.empty(config.num_experts, slots, hidden_size))
         self.scale = nn.Parameter(torch.empty(()))
 
@@ -32,8 +29,8 @@ class SoftRouter(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             slots = _unit(self.mu.float()) * self.scale.float()
             logits = torch.einsum("gsd,epd->gsep", _unit(x.float()), slots)
-            if self.training and self.config.noise_std:
-                logits = logits + self.config.noise_std * torch.randn_like(logits)
+            if self.training and self.config.router_noise:
+                logits = logits + self.config.router_noise * torch.randn_like(logits)
             dispatch = torch.softmax(logits, dim=1)
             combine = torch.softmax(logits.flatten(2), dim=-1).view_as(logits)
         metrics = {
@@ -43,6 +40,13 @@ class SoftRouter(nn.Module):
             "dispatch_weights_max_mean": dispatch.amax(dim=1).mean(),
         }
         return dispatch, combine, {k: v.detach() for k, v in metrics.items()}
+
+
+def slots_per_expert(config: MoEConfig, num_tokens: int) -> int:
+    """P, as given or from the capacity of a group; num_tokens: of one image, the group unless a size is set."""
+    group = num_tokens if isinstance(config.group_size, str) else config.group_size
+    rounding = config.capacity_ceil_or_round, config.capacity_multiple_of
+    return config.num_slots or compute_capacity(group, config.num_experts, config.capacity_factor, *rounding)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class RunLog:
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Writes one line and returns it. Numbers that are not finite become null."""
-        record = {"kind": kind, "step": step, **_finite(values)}
+        record = {"kind": kind, "step": step, **finite(values)}
         self._stream.write(json.dumps(record, allow_nan=False) + "\n")
         self._stream.flush()
         if self._board is not None:
@@ -125,11 +125,11 @@ def _leaves(value: Any, name: str = "") -> list[tuple[str, float]]:
     return [leaf for key, inner in items for leaf in _leaves(inner, f"{name}/{key}" if name else str(key))]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

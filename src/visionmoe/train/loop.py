@@ -21,7 +21,7 @@ from visionmoe.data.loader import TrainLoader
 from visionmoe.files import write_json
 from visionmoe.model.flops import count_flops
 from visionmoe.train.config import TrainConfig
-from visionmoe.train.log import Means, RunLog, router_health
+from visionmoe.train.log import Means, RunLog, finite, router_health
 from visionmoe.train.progress import ProgressLine
 from visionmoe.train.setup import Parts, prepare
 from visionmoe.train.signals import StopRequest, stop_on_signals
@@ -77,6 +77,8 @@ class Trainer:
         self.means = Means()
         self.last_train: dict[str, Any] | None = None
         self.last_eval: dict[str, dict[str, Any]] = {}
+        self.finished = False
+        self._saved: tuple[int, Path] | None = None
         self._interval_start = self.progress.step
         self._interval_seconds = 0.0
 
@@ -96,7 +98,7 @@ class Trainer:
             finally:
                 del batches  # ends the worker processes
             self._end()
-        return self._results("interrupted" if self.stop else "finished", loader.broken)
+        return self._results("finished" if self.finished else "interrupted", loader.broken)
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
         """One step and what is due after it. False when a signal ended the worker processes too."""
@@ -156,20 +158,21 @@ class Trainer:
         config, step = self.config, self.progress.step
         if step % config.log_every == 0 or step == self.total or self.stop:
             self._log_train()
-        if config.eval_every and step % config.eval_every == 0 and step < self.total:
-            self._evaluate()
         if config.checkpoint_every and step % config.checkpoint_every == 0 and step < self.total:
-            self._save()
+            self._save()  # first, so that nothing is lost when the evaluation fails or is killed
+        if config.eval_every and step % config.eval_every == 0 and step < self.total and not self.stop:
+            self._evaluate()
 
     def _end(self) -> None:
         if self.stop:
             path = self._save()
             self._event(f"{self.stop.name}: saved {path} and stopped at step {self.progress.step}; resume goes on here")
             return
-        self._evaluate()
         self._save()
         with self.parts.averaged():
             self.parts.model.save_pretrained(Path(self.config.out) / "model")
+        self._evaluate()
+        self.finished = True
 
     def _log_train(self) -> None:
         means = self.means.take()
@@ -208,10 +211,14 @@ class Trainer:
             self.progress.best = best
 
     def _save(self) -> Path:
-        parts = self.parts
-        return save_training(
-            self.config.out, parts.model, parts.optimizer, parts.ema, self.progress, self.config.keep_last
-        )
+        """Saves a checkpoint, unless this step's is there already, and returns its folder."""
+        parts, step = self.parts, self.progress.step
+        if self._saved is None or self._saved[0] != step:
+            path = save_training(
+                self.config.out, parts.model, parts.optimizer, parts.ema, self.progress, self.config.keep_last
+            )
+            self._saved = step, path
+        return self._saved[1]
 
     def _event(self, message: str) -> None:
         self.line.show(self.log.write("event", self.progress.step, message=message))
@@ -221,7 +228,7 @@ class Trainer:
         images = progress.step * config.data.batch_size
         return {
             "status": status,
-            "exit_code": self.stop.exit_code,
+            "exit_code": {"finished": 0, "diverged": 1}.get(status, self.stop.exit_code),
             "step": progress.step,
             "total_steps": self.total,
             "images_seen": images,
@@ -236,7 +243,7 @@ class Trainer:
             **self._summary(status),
             "num_parameters": sum(p.numel() for p in model.parameters()),
             "flops_per_image": count_flops(model),
-            "eval": self.last_eval,
+            "eval": {name: finite(metrics) for name, metrics in self.last_eval.items()},
             "best": self.progress.best or {},
             "train": self.last_train,
             "broken_images": dict(broken),

@@ -8,6 +8,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+_SHOWN_LAYERS = 3  # of a deep model the line shows those that drop most; the log has them all
+
 
 class ProgressLine:
     """Used as a context; `show` is called after a log record, `advance` after every step."""
@@ -63,12 +65,17 @@ def describe(record: Mapping[str, Any]) -> str:
         f"acc {_number(record['accuracy'])} {record['images_per_second']:.0f} img/s "
         f"ETA {duration(record['eta_seconds'])}"
     )
-    router = record["router"].values()
-    if router:
-        dropped = max(layer.get("dropped", 0.0) for layer in router)
-        dead = sum(layer.get("dead_experts", 0) for layer in router)
-        text += f" dropped {dropped:.0%}" + (f" DEAD EXPERTS {dead}" if dead else "")
+    layers = {name: layer for name, layer in record["router"].items() if "expert_load" in layer}
+    worst = sorted(layers, key=lambda name: layers[name]["dropped"], reverse=True)[:_SHOWN_LAYERS]
+    text += "".join(f" | {name} {_health(layers[name])}" for name in layers if name in worst)
     return text + (f" skipped steps {record['skipped_steps']}" if record["skipped_steps"] else "")
+
+
+def _health(layer: Mapping[str, Any]) -> str:
+    """The router of one layer: lowest and highest share of an expert, dropped share, entropy, dead experts."""
+    load, dead = layer["expert_load"], layer["dead_experts"]
+    text = f"load {min(load):.0%}-{max(load):.0%} dropped {layer['dropped']:.0%} entropy {layer['entropy']:.2f}"
+    return text + (f" DEAD EXPERTS {dead}" if dead else "")
 
 
 def duration(seconds: float) -> str:

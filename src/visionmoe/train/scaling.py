@@ -46,7 +46,7 @@ def create_scaling(name: str, parameters: dict[str, Tensor], options: dict[str, 
         check_names("the optimizer's name", [name], classes)
     cls = classes[name]
     known = [f for f in cls.__dataclass_fields__ if f != "plans"]
-    given = {k: v for k, v in options.items() if v is not None}
+    given = {k: v for k, v in options.items() if v is not None or k == "momentum"}
     check_names(f"optimizer {name!r}", given, known)
     if cls is Adafactor:
         minimum = given.get("min_dim_size_to_factor", Adafactor.min_dim_size_to_factor)
@@ -107,7 +107,7 @@ class Adam:
 class SGD:
     """Gradient descent, with momentum as optax.trace: trace <- gradient + momentum * trace."""
 
-    momentum: float = 0.0
+    momentum: float | None = 0.0
     nesterov: bool = False
     accumulator_dtype: str | None = None
 

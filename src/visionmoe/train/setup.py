@@ -127,11 +127,13 @@ def _check_folder(config: TrainConfig, resume: bool) -> None:
     """A new run needs a folder without one; a resumed run needs the same config as before."""
     stored = Path(config.out) / "config.json"
     if not resume:
-        if stored.exists() or list_checkpoints(config.out):
+        if list_checkpoints(config.out):
             raise ValueError(f"{config.out} already holds a run: resume it, or give another out")
         return
     if not stored.exists():
         raise ValueError(f"{config.out} holds no run to resume: {stored} is missing")
+    if not list_checkpoints(config.out):
+        return
     old, new = _flat(to_dict(read_config(str(stored)))), _flat(to_dict(config))
     for name in sorted({*old, *new}):
         if name not in _FREE and old.get(name) != new.get(name):
