@@ -17,13 +17,13 @@ PATTERNS = {"head/kernel": r"^head\.weight$", ".*/kernel": KERNELS}
 
 
 @pytest.mark.parametrize("case", ["train-adam", "train-sgd-clip", "train-adafactor"])
-def test_against_reference(case, conformance):
+def test_against_reference(case, conformance_case):
     torch.set_num_threads(1)
-    config = json.loads((conformance / case / "config.json").read_text())
-    expected = np.load(conformance / case / "expected.npz")
+    folder, config = conformance_case(case)
+    expected = np.load(folder / "expected.npz")
     model_config = vm.ModelConfig.from_reference(config["model"], image_size=config["image_size"])
     model = vm.create_model(model_config)
-    model.load_state_dict(params_from_vmoe(read_vmoe(conformance / case / "ckpt"), model_config))
+    model.load_state_dict(params_from_vmoe(read_vmoe(folder / "ckpt"), model_config))
     options = dict(config["optimizer"])
     if isinstance(options.get("weight_decay"), list):
         options["weight_decay"] = [(PATTERNS[pattern], value) for pattern, value in options["weight_decay"]]

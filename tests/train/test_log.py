@@ -82,12 +82,18 @@ def test_without_tensorboard_it_says_so_once(tmp_path, monkeypatch, caplog):
 TRAIN = {
     "kind": "train", "step": 20, "main_loss": 0.5, "auxiliary_loss": 0.001, "accuracy": 0.875,
     "images_per_second": 1000, "eta_seconds": 61.0, "skipped_steps": 0,
-    "router": {"blocks.1": {"dropped": 0.25, "dead_experts": 0}, "blocks.3": {"dropped": 0.5, "dead_experts": 2}},
+    "router": {
+        "blocks.1": {"expert_load": [0.25, 0.75], "dropped": 0.25, "dead_experts": 0, "entropy": 0.5},
+        "blocks.3": {"expert_load": [0.0, 0.0, 1.0], "dropped": 0.5, "dead_experts": 2, "entropy": 0.123},
+    },
 }  # fmt: skip
 
 
 def test_the_line_says_what_matters():
-    assert describe(TRAIN) == "loss 0.5 aux 0.001 acc 0.875 1000 img/s ETA 1:01 dropped 50% DEAD EXPERTS 2"
+    first, second = "load 25%-75% dropped 25% entropy 0.50", "load 0%-100% dropped 50% entropy 0.12 DEAD EXPERTS 2"
+    assert describe(TRAIN) == (
+        f"loss 0.5 aux 0.001 acc 0.875 1000 img/s ETA 1:01 | blocks.1 {first} | blocks.3 {second}"
+    )
     quiet = TRAIN | {"router": {}, "main_loss": None, "skipped_steps": 3}
     assert describe(quiet).startswith("loss nan") and describe(quiet).endswith("ETA 1:01 skipped steps 3")
     assert describe({"kind": "eval", "name": "test", "metrics": {"top1": 0.87, "num_images": 9}}) == "test: top1 0.87"
@@ -104,7 +110,7 @@ def test_a_terminal_gets_a_live_line_and_a_file_plain_ones(monkeypatch, capsys):
         line.advance()
     assert capsys.readouterr().err.startswith("step 20/30: loss 0.5")
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=160))
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=300))
     with ProgressLine(30, done=19) as line:
         line.advance()
         line.show(TRAIN)

@@ -78,7 +78,8 @@ class SoftMoE(nn.Module):
         slots = torch.einsum("gsep,gsd->egpd", dispatch.to(tokens.dtype), tokens)
         out = self.experts(slots.flatten(1, 2))  # (E, G, P, D) -> (E, G*P, D)
         out = torch.einsum("gsep,egpd->gsd", combine.to(out.dtype), out.view_as(slots))
-        return MoEOutput(out.reshape(x.shape), torch.zeros((), device=x.device), metrics)
+        zero = torch.zeros((), device=x.device)
+        return MoEOutput(out.reshape(x.shape), zero, metrics | {"auxiliary_loss": zero})
 
 
 def to_groups(x: Tensor, config: MoEConfig) -> Tensor:
