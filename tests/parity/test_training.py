@@ -1,6 +1,5 @@
 """Eight training steps against the reference: losses, gradient norms and final parameters of train-*."""
 
-import json
 
 import numpy as np
 import pytest

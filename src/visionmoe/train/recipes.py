@@ -24,7 +24,7 @@ def fashion_mnist(model: str | None = None) -> TrainConfig:
     """A small V-MoE on the embedded Fashion-MNIST images (12,000 of 28 x 28, ten classes).
 
     `visionmoe train --recipe fashion_mnist`. Patch 7, D 128, 3 blocks, 8 experts, K 2, the last two blocks sparse.
-    Some 87 % on the 2,000 test images, in less than five minutes on two cores.
+    86.8 % and 87.8 % on the 2,000 test images in two runs (two threads and one), four minutes on two cores.
     """
     small = ModelConfig(
         image_size=28, patch_size=7, in_channels=1, num_classes=10, hidden_size=128, num_layers=3, mlp_dim=256,
@@ -40,7 +40,7 @@ def fashion_mnist(model: str | None = None) -> TrainConfig:
         label_smoothing=0.1,
         optimizer=_adam(2e-3, warmup_steps=50, weight_decay=0.1),
         ema_decay=0.995,
-        epochs=23,
+        epochs=20,
         eval_every=375,
         checkpoint_every=375,
         log_every=25,
