@@ -24,7 +24,7 @@ def fashion_mnist(model: str | None = None) -> TrainConfig:
     """A small V-MoE on the embedded Fashion-MNIST images (12,000 of 28 x 28, ten classes).
 
     `visionmoe train --recipe fashion_mnist`. Patch 7, D 128, 3 blocks, 8 experts, K 2, the last two blocks sparse.
-    86.8 % and 87.8 % on the 2,000 test images in two runs (two threads and one), four minutes on two cores.
+    87.8, 87.8 and 86.8 % on the 2,000 test images in three runs (other threads), four minutes on two cores.
     """
     small = ModelConfig(
         image_size=28, patch_size=7, in_channels=1, num_classes=10, hidden_size=128, num_layers=3, mlp_dim=256,
