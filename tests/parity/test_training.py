@@ -1,6 +1,5 @@
 """Eight training steps against the reference: losses, gradient norms and final parameters of train-*."""
 
-
 import numpy as np
 import pytest
 import torch
