@@ -128,7 +128,8 @@ def test_an_output_folder_that_cannot_be_written(workplace: Path, capfd: pytest.
 def test_a_missing_extra_says_how_to_install_it(
     workplace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delitem(sys.modules, "visionmoe.analysis.figures", raising=False)
+    for name in [name for name in sys.modules if name.startswith("visionmoe.analysis.figures")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("visionmoe.analysis.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert main(["sweep", "run"]) == 2
