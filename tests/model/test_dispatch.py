@@ -1,13 +1,16 @@
 """Both ways to run the experts against the dense definition, forward and backward."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from visionmoe.model.dispatch import run_buffers, run_segments
 from visionmoe.model.experts import Experts
-from visionmoe.model.routing import Routing, expert_choice_routing, top_k_routing
+from visionmoe.model.routing import Routing, expert_choice_routing, normalize_combine_weights, top_k_routing
 
 
 def run_plain(tokens, routing, experts):
@@ -26,8 +29,8 @@ def gradients(run, tokens, logits, experts, make_routing):
     return out, torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
 
 
-def make_experts(num_experts, dim, width, dtype=torch.float64):
-    experts = Experts(num_experts, dim, width).to(dtype)
+def make_experts(num_experts, dim, width, dtype=torch.float64, approximate="tanh"):
+    experts = Experts(num_experts, dim, width, approximate=approximate).to(dtype)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return experts
@@ -39,11 +42,12 @@ def make_experts(num_experts, dim, width, dtype=torch.float64):
     dims=st.tuples(st.integers(1, 5), st.integers(1, 6)),
     k=st.integers(1, 5),
     capacity=st.integers(1, 10),
-    kind=st.sampled_from(["vanilla", "bpr", "expert_choice"]),
+    kind=st.sampled_from(["vanilla", "bpr", "expert_choice", "normalised"]),
+    approximate=st.sampled_from(["tanh", "none"]),
     skew=st.floats(0, 20),
     seed=st.integers(0, 2**31),
 )
-def test_segments_and_buffers_equal_plain(shape, dims, k, capacity, kind, skew, seed):
+def test_segments_and_buffers_equal_plain(shape, dims, k, capacity, kind, approximate, skew, seed):
     """Random shapes: dropped requests, experts with nothing, one token, K = E, all tokens to one expert."""
     torch.manual_seed(seed)
     groups, size, num_experts = shape
@@ -54,9 +58,10 @@ def test_segments_and_buffers_equal_plain(shape, dims, k, capacity, kind, skew, 
     def make_routing(probs):
         if kind == "expert_choice":
             return expert_choice_routing(probs, capacity)
-        return top_k_routing(probs, min(k, num_experts), capacity, kind == "bpr")
+        routing = top_k_routing(probs, min(k, num_experts), capacity, kind == "bpr")
+        return normalize_combine_weights(routing) if kind == "normalised" else routing
 
-    experts = make_experts(num_experts, *dims)
+    experts = make_experts(num_experts, *dims, approximate=approximate)
     expected, expected_gradients = gradients(run_plain, tokens, logits, experts, make_routing)
     for run in (run_segments, run_buffers):
         out, grads = gradients(run, tokens, logits, experts, make_routing)
@@ -114,3 +119,96 @@ def test_routing_is_frozen():
     assert isinstance(routing, Routing)
     with pytest.raises(AttributeError):
         routing.capacity = 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.integers(1, 70) | st.integers(250, 700),
+    num_experts=st.integers(1, 5),
+    dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    capacity=st.integers(1, 60) | st.integers(250, 400),
+    approximate=st.sampled_from(["tanh", "none"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_segments_with_filled_rows_and_fused_gelu_equal_plain(
+    size, num_experts, dims, capacity, approximate, dtype, seed
+):
+    """float32 and bfloat16 fill rows up and, without gradients, fuse GELU into the product: the same numbers."""
+    torch.manual_seed(seed)
+    low = make_experts(num_experts, *dims, dtype)
+    low.approximate = approximate
+    tokens = torch.randn(size, dims[0]).to(dtype)
+    logits = torch.randn(1, size, num_experts, dtype=torch.float64)
+
+    def make_routing(probs):
+        return top_k_routing(probs, min(2, num_experts), capacity, True)
+
+    exact = copy.deepcopy(low).double()
+    expected, expected_gradients = gradients(run_plain, tokens.double(), logits, exact, make_routing)
+    out, grads = gradients(run_segments, tokens, logits, low, make_routing)
+    with torch.no_grad():
+        fused = run_segments(tokens, make_routing(torch.softmax(logits, -1)), low)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    for got, wanted in zip([out, fused, *grads], [expected, expected, *expected_gradients], strict=True):
+        scale = wanted.abs().max().clamp_min(1.0)
+        torch.testing.assert_close(got.double() / scale, wanted / scale, rtol=0, atol=tolerance)
+
+
+def test_filled_rows_that_overflow_do_not_leak():
+    """Rows are filled up with token 0, of which expert 1 would make infinity: no other token may see it."""
+    experts = make_experts(2, 4, 4, torch.bfloat16)
+    with torch.no_grad():
+        for parameter, value in zip(experts.parameters(), (1.0, 0.0, 2e37, 0.0), strict=True):
+            parameter[1] = value  # weight 1, bias 1, weight 2, bias 2
+    tokens = torch.zeros(3, 4, dtype=torch.bfloat16)
+    tokens[0] = 100.0  # 4 * 100 = 400 in the hidden layer, 4 * 400 * 2e37 = 3.2e40 behind it
+    tokens.requires_grad_()
+    routing = top_k_routing(torch.softmax(torch.tensor([[[9.0, 0.0], [0.0, 9.0], [0.0, 9.0]]]), -1), 1, 4, False)
+    assert torch.isinf(experts(tokens.expand(2, -1, -1))[1, 0]).all()
+    out = run_segments(tokens, routing, experts)
+    out.sum().backward()
+    with torch.no_grad():
+        fused = run_segments(tokens, routing, experts)
+    for result in (out, fused, tokens.grad, experts.fc1.weight.grad, experts.fc2.weight.grad):
+        assert torch.isfinite(result).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in place", "through .data", "new memory", "optimizer"])
+def test_packed_weights_follow_the_parameters(change):
+    """What oneDNN has laid out once is laid out again when a parameter changes, however it changes."""
+    experts = make_experts(2, 8, 16, torch.bfloat16)
+    tokens = torch.randn(6, 8, dtype=torch.bfloat16)
+    routing = top_k_routing(torch.softmax(torch.randn(1, 6, 2), -1), 2, 8, False)
+    before = run_segments(tokens, routing, experts)
+    weight = experts.fc1.weight
+    if change == "in place":
+        weight.mul_(-2)
+    elif change == "through .data":
+        weight.data.mul_(-2)
+    elif change == "new memory":
+        weight.data = weight.data * -2
+    else:
+        weight.grad = 3 * weight  # w - 1 * 3 w = -2 w
+        torch.optim.SGD([weight], lr=1.0).step()
+    after = run_segments(tokens, routing, experts)
+    fresh = run_segments(tokens, routing, copy.deepcopy(experts))
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capacity", [64, 300])
+def test_large_float32_products_fuse_gelu(capacity):
+    """64 rows are left as they are, 300 filled up to 304; in both a product has more than 2^27 multiply-adds."""
+    experts = make_experts(2, 512, 4096, torch.float32)
+    for parameter in experts.parameters():
+        parameter.mul_(0.05)
+    tokens = torch.randn(320, 512)
+    routing = top_k_routing(torch.softmax(torch.randn(1, 320, 2), -1), 2, capacity, True)
+    with FlopCounterMode(display=False) as counter:
+        out = run_segments(tokens, routing, experts)
+    # torch's counter sees the experts: 2 experts x rows x 2 products x 512 x 4096 multiply-adds
+    assert counter.get_total_flops() == 2 * (2 * {64: 64, 300: 304}[capacity] * 2 * 512 * 4096)
+    torch.testing.assert_close(out, run_plain(tokens, routing, experts), rtol=1e-4, atol=1e-4)

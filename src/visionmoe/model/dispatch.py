@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visionmoe.model.experts import Experts
+from visionmoe.model.inference import infer_segments
 from visionmoe.model.routing import Routing
 from visionmoe.model.segments import SegmentExperts, Segments
 
@@ -21,8 +22,10 @@ def run_segments(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
     counts = torch.bincount(expert, minlength=routing.num_experts).tolist()
     segments = Segments(flat_tokens(routing)[request], counts)
     weights = routing.combine_weights.reshape(-1)[request]
+    if not torch.is_grad_enabled():
+        return infer_segments(tokens, weights, segments, experts)
     parameters = (experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias)
-    return SegmentExperts.apply(tokens, weights, segments, torch.is_grad_enabled(), *parameters)
+    return SegmentExperts.apply(tokens, weights, segments, experts.approximate, *parameters)
 
 
 def run_buffers(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:

@@ -2,6 +2,9 @@
 
 An autograd function of its own, because the plain graph (one slice of the stacked weights per expert) would add and
 copy whole stacks of gradients. Here every expert's gradient is written once, in its place.
+
+On a CPU in bfloat16, oneDNN builds a kernel for every new number of rows, which takes longer than to run it. Rows
+are therefore filled up to a multiple of ROWS; what the fillers yield is cut off.
 """
 
 from collections.abc import Iterator
@@ -10,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ROWS = 16
 
 
 class Segments(NamedTuple):
@@ -31,27 +36,29 @@ class SegmentExperts(torch.autograd.Function):
     """sum over kept requests of weight * MLP_expert(token): (tokens (N, D), weights (R,), ...) -> (N, D).
 
     weights are those of the kept requests in the order of `segments`. Computed in the dtype of `tokens`.
-    keep: whether a backward pass may follow; what it needs is saved only then.
+    approximate: the form of GELU, "tanh" or "none". `inference.infer_segments` is the same without a backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weights: Tensor, segments: Segments, keep: bool, *parameters: Tensor
+        ctx: Any,
+        tokens: Tensor,
+        weights: Tensor,
+        segments: Segments,
+        approximate: str,
+        *parameters: Tensor,
     ) -> Tensor:
         out = torch.zeros_like(tokens)
         saved: list[Tensor] = []
         for expert, requests, token in segments.runs():
             weight1, bias1, weight2, bias2 = _of_expert(parameters, expert, tokens.dtype)
-            rows = tokens.index_select(0, token)
-            before = F.linear(rows, weight1, bias1)
-            hidden = F.gelu(before, approximate="tanh")
-            result = F.linear(hidden, weight2, bias2)
+            before = F.linear(tokens.index_select(0, _filled(token, tokens)), weight1, bias1)
+            hidden = F.gelu(before, approximate=approximate)
+            result = F.linear(hidden, weight2, bias2)[: len(token)]
             out.index_add_(0, token, result * weights[requests, None].to(result.dtype))
-            if keep:
-                saved += [before, hidden, result]
-        if keep:
-            ctx.segments = segments
-            ctx.save_for_backward(tokens, weights, *parameters, *saved)
+            saved += [before, hidden, result]
+        ctx.segments, ctx.approximate = segments, approximate
+        ctx.save_for_backward(tokens, weights, *parameters, *saved)
         return out
 
     @staticmethod
@@ -60,24 +67,47 @@ class SegmentExperts(torch.autograd.Function):
         tokens, weights, *rest = ctx.saved_tensors
         parameters, saved = rest[:4], rest[4:]
         wanted = ctx.needs_input_grad[4:]
-        grads = [torch.zeros_like(p) if w else None for p, w in zip(parameters, wanted, strict=True)]
+        grads = [
+            _empty_gradient(p, ctx.segments.counts) if w else None for p, w in zip(parameters, wanted, strict=True)
+        ]
         grad_tokens, grad_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
         for i, (expert, requests, token) in enumerate(ctx.segments.runs()):
             before, hidden, result = saved[3 * i : 3 * i + 3]
             weight1, _, weight2, _ = _of_expert(parameters, expert, tokens.dtype)
-            grad_out = grad.index_select(0, token)
-            grad_weights[requests] = (grad_out * result).sum(dim=1, dtype=weights.dtype)
-            grad_out *= weights[requests, None].to(grad_out.dtype)
-            grad_before = torch.ops.aten.gelu_backward(grad_out @ weight2, before, approximate="tanh")
+            filled, count = _filled(token, tokens), len(token)
+            grad_out = grad.index_select(0, filled)
+            grad_out[count:] = 0
+            grad_weights[requests] = (grad_out[:count] * result).sum(dim=1, dtype=weights.dtype)
+            grad_out[:count] *= weights[requests, None].to(grad_out.dtype)
+            grad_before = torch.ops.aten.gelu_backward(grad_out @ weight2, before, approximate=ctx.approximate)
             _store(grads[2:], expert, grad_out, hidden)
             if grads[0] is not None or grads[1] is not None:
-                _store(grads[:2], expert, grad_before, tokens.index_select(0, token))
-            grad_tokens.index_add_(0, token, grad_before @ weight1)
+                _store(grads[:2], expert, grad_before, tokens.index_select(0, filled))
+            grad_tokens.index_add_(0, token, (grad_before @ weight1)[:count])
         return grad_tokens, grad_weights, None, None, *grads
+
+
+def filled(token: Tensor) -> Tensor:
+    """Token indices (R,), with token 0 behind them up to a multiple of ROWS."""
+    return F.pad(token, (0, -len(token) % ROWS))
+
+
+def _filled(token: Tensor, tokens: Tensor) -> Tensor:
+    """The same, where oneDNN makes the products."""
+    return filled(token) if tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16 else token
 
 
 def _of_expert(parameters: Any, expert: int, dtype: torch.dtype) -> list[Tensor]:
     return [parameter[expert].to(dtype) for parameter in parameters]
+
+
+def _empty_gradient(parameter: Tensor, counts: list[int]) -> Tensor:
+    """Memory for a stacked gradient, zero for the experts that have no requests."""
+    grad = torch.empty_like(parameter)
+    for expert, count in enumerate(counts):
+        if not count:
+            grad[expert].zero_()
+    return grad
 
 
 def _store(grads: list[Tensor | None], expert: int, grad_out: Tensor, rows: Tensor) -> None:
