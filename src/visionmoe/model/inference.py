@@ -28,15 +28,22 @@ def infer_segments(tokens: Tensor, weights: Tensor, segments: Segments, experts:
     fc2: Any = experts.fc2
     first, second = fc1.packed.of(fc1.weight, tokens), fc2.packed.of(fc2.weight, tokens)
     bias1, bias2 = fc1.bias.to(tokens.dtype), fc2.bias.to(tokens.dtype)
-    out = torch.zeros_like(tokens)
-    for expert, requests, token in segments.runs():
+    results = []
+    for expert, _, token in segments.runs():
         fused = _fuses(tokens, len(token) * fc1.weight[0].numel())
         fills = fused and (tokens.dtype == torch.bfloat16 or len(token) >= FILLED_ROWS)
         index = filled(token) if fills else token
         hidden = _linear(tokens.index_select(0, index), first[expert], bias1[expert], fused, experts.approximate)
-        result = _linear(hidden, second[expert], bias2[expert], fused)[: len(token)]
-        out.index_add_(0, token, result.mul_(weights[requests, None].to(result.dtype)))
-    return out
+        results.append(_linear(hidden, second[expert], bias2[expert], fused)[: len(token)])
+    return _combine(torch.cat(results), weights, segments.token, len(tokens)) if results else torch.zeros_like(tokens)
+
+
+def _combine(rows: Tensor, weights: Tensor, token: Tensor, num_tokens: int) -> Tensor:
+    """Weighted sum of each token's rows in one pass over them. rows (R, D), weights and token (R,) -> (N, D)."""
+    order = torch.argsort(token, stable=True)
+    counts = torch.bincount(token, minlength=num_tokens)
+    share = weights[order].to(rows.dtype)
+    return F.embedding_bag(order, rows, counts.cumsum(0) - counts, mode="sum", per_sample_weights=share)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, fused: bool, gelu: Any = None) -> Tensor:
