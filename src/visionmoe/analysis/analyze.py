@@ -70,9 +70,7 @@ class Analysis:
     def run_statistics(self, statistics: Statistics, on_batch: Callable[[int], None]) -> None:
         """Fills the tables; on_batch gets the number of images of every batch."""
         keeping = Keeping(self._statistics_file(), self._statistics_fingerprint(), self.config.save_seconds)
-        collect(
-            self.model, self.loader, statistics, autocast=self.config.autocast, on_batch=on_batch, keeping=keeping
-        )
+        collect(self.model, self.loader, statistics, autocast=self.config.autocast, on_batch=on_batch, keeping=keeping)
 
     def load_evaluations(self) -> dict[str, dict[str, float]]:
         """The evaluations with random routers that an earlier start finished."""

@@ -140,9 +140,7 @@ def _add(
     for layer, table in statistics.layers.items():
         requests = requests_of(routings[layer][0], config, count)
         entropy: Any = entropies[layer][0].view(-1, config.num_tokens, config.ensemble_size)[:count]
-        table.add(
-            statistics.shapes[layer], requests, entropy.cpu().numpy(), labels.numpy(), indices.numpy(), shuffles
-        )
+        table.add(statistics.shapes[layer], requests, entropy.cpu().numpy(), labels.numpy(), indices.numpy(), shuffles)
     statistics.num_images += count
 
 

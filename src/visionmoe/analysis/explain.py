@@ -53,7 +53,9 @@ def in_short(results: Results) -> list[str]:
         )
     dropped = {n: layer["load"]["dropped"] for n, layer in layers.items()}
     worst = max(dropped, key=lambda n: dropped[n])
-    lines.append(f"At the model's own capacity at most {dropped[worst]:.1%} of the requests are dropped (block {worst}).")
+    lines.append(
+        f"At the model's own capacity at most {dropped[worst]:.1%} of the requests are dropped (block {worst})."
+    )
     return lines
 
 
@@ -135,7 +137,9 @@ def _information(out: Path, results: Results) -> Section:
             "over the permutations; “beyond chance” is the difference. The class token is left out of the places."
         ],
         [(out / "mutual_information.png", "Bars of mutual information per block beside shuffled ones")],
-        Table(("", "bits", "shuffled", "beyond chance", "of the expert's entropy", "all K choices, beyond chance"), rows),
+        Table(
+            ("", "bits", "shuffled", "beyond chance", "of the expert's entropy", "all K choices, beyond chance"), rows
+        ),
     )
 
 

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+PAGE_DPI, FIGURE_DPI = 96, 160  # figures.style writes 160 pixels per inch
 TYPES = {".png": "image/png", ".gif": "image/gif"}
 CSS = """
 :root { color-scheme: light; --ink: #1d2329; --soft: #5b6670; --line: #e3e6e9; --accent: #c2500a; --wash: #f6f7f8 }
 * { box-sizing: border-box }
 body { margin: 0; color: var(--ink); background: #fff; font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", "Liberation Sans", Arial, sans-serif; -webkit-text-size-adjust: 100% }
-header, main, footer { max-width: 62rem; margin: 0 auto; padding: 0 1.25rem }
+header, main, footer { max-width: 58rem; margin: 0 auto; padding: 0 1.25rem }
 header { padding-top: 3rem }
 h1 { font-size: clamp(1.7rem, 4.5vw, 2.5rem); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 .6rem }
 h2 { font-size: 1.4rem; line-height: 1.25; letter-spacing: -.01em; margin: 0 0 .6rem }
-p { max-width: 44rem; margin: 0 0 .9rem }
+p { max-width: 46rem; margin: 0 0 .9rem }
 .lead { color: var(--soft); font-size: 1.08rem }
 section { padding: 2.2rem 0 1.2rem; border-top: 1px solid var(--line) }
 nav { margin: 1.4rem 0 2.2rem; font-size: .93rem; columns: 16rem; column-gap: 2rem }
@@ -24,7 +27,7 @@ nav a { display: block; color: var(--accent); text-decoration: none; padding: .1
 nav a:hover { text-decoration: underline }
 .short { background: var(--wash); border-left: 4px solid var(--accent); border-radius: 0 6px 6px 0;
   padding: 1rem 1.3rem; margin: 1.4rem 0 }
-.short ul { margin: 0; padding-left: 1.1rem } .short li { margin: .3rem 0; max-width: 44rem }
+.short ul { margin: 0; padding-left: 1.1rem } .short li { margin: .35rem 0 }
 figure { margin: 1.1rem 0; overflow-x: auto; -webkit-overflow-scrolling: touch }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto }
 @media (max-width: 40rem) { body { font-size: 16px } header { padding-top: 1.8rem }
@@ -90,9 +93,13 @@ def _section(number: int, section: Section) -> str:
 
 
 def _picture(path: Path, words: str) -> str:
+    """The file itself, in the size in inches that it was drawn for; a wide one scrolls sideways on a phone."""
+    with Image.open(path) as picture:
+        width = picture.width if path.suffix == ".gif" else round(picture.width * PAGE_DPI / FIGURE_DPI)
     data = base64.b64encode(path.read_bytes()).decode("ascii")
+    wide = ' class="wide"' if width > 700 else ""
     return (
-        f'<figure><img class="wide" alt="{html.escape(words, quote=True)}" '
+        f'<figure><img{wide} width="{width}" alt="{html.escape(words, quote=True)}" '
         f'src="data:{TYPES[path.suffix]};base64,{data}"></figure>'
     )
 

@@ -75,12 +75,17 @@ def draw_galleries(out: Path, model: VisionTransformer, statistics: Statistics, 
     from visionmoe.analysis import figures
 
     config = model.config
-    data = dataclasses.replace(loader.config, image_size=config.image_size)
     front = config.num_tokens - config.grid[0] * config.grid[1]
     for layer, table in statistics.layers.items():
         patches = table.best_token - front
         crops = crops_of(
-            loader.source, data, config.patch_hw, table.best_weight, table.best_image, patches, table.best_label
+            loader.source,
+            loader.config,
+            config.patch_hw,
+            table.best_weight,
+            table.best_image,
+            patches,
+            table.best_label,
         )
         load = table.asked.sum(0) / max(1, table.asked.sum())
         labels = [f"expert {expert}\n{share:.0%} of requests" for expert, share in enumerate(load)]

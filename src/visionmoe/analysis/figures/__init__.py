@@ -6,7 +6,7 @@ Every function takes plain numbers, writes one file (beside, then renamed) and l
 from visionmoe.analysis.figures.animation import kept_patches_animation
 from visionmoe.analysis.figures.compute import accuracy_against_compute
 from visionmoe.analysis.figures.experts import experts_by_class, experts_by_position
-from visionmoe.analysis.figures.gallery import gallery
+from visionmoe.analysis.figures.gallery import gallery, outlined
 from visionmoe.analysis.figures.patches import kept_patches, mosaic, shaded
 from visionmoe.analysis.figures.routers import (
     combine_weights,
@@ -32,6 +32,7 @@ __all__ = [
     "learning_curves",
     "mosaic",
     "mutual_information",
+    "outlined",
     "position_maps",
     "random_routers",
     "shaded",

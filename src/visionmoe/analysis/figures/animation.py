@@ -24,7 +24,7 @@ def kept_patches_animation(
 ) -> None:
     """One frame per capacity factor, in their order; first and last stay longer, then it begins again.
 
-    images: uint8 (N, H, W, 1 or 3). kept: caption of a row of photographs ("batch-priority routing") -> for every factor
+    images: uint8 (N, H, W, 1 or 3). kept: caption of a row of photographs ("vanilla routing") -> for every factor
     (N, rows, columns) bool. shares: the same captions -> share of the batch's patches that are kept, per factor.
     """
     grid = next(iter(kept.values()))[0].shape[1:]
@@ -39,10 +39,19 @@ def kept_patches_animation(
     times = [milliseconds] * len(frames)
     times[0] = times[-1] = 4 * milliseconds
     # One palette for all frames: colours do not flicker, and what stays equal costs nothing.
-    palette = Image.fromarray(np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])])).quantize(128)
+    palette = _palette(np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])]))
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with atomic_write(path) as temporary:
         small[0].save(temporary, "GIF", save_all=True, append_images=small[1:], duration=times, loop=0, optimize=True)
+
+
+def _palette(picture: np.ndarray, colours: int = 128) -> Image.Image:
+    """A palette for pictures like this one, with a white that is white."""
+    palette = Image.fromarray(picture).quantize(colours)
+    table = np.array(palette.getpalette()).reshape(-1, 3)
+    table[(table >= 248).all(1)] = 255
+    palette.putpalette(table.ravel().tolist())
+    return palette
 
 
 def _frame(title: str, full: float, rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:

@@ -121,9 +121,8 @@ def random_routers(path: str | os.PathLike, result: Mapping[str, Any], title: st
             std = [result[key][n]["std"] for n in layers]
             axis.errorbar(places + (number - 0.5) * 0.08, mean, std, color=colour, marker=marker, markersize=6,
                           capsize=3, label=label)  # fmt: skip
-            for place, value in zip(places, mean, strict=True):
-                side = 1 if number == 0 else -1
-                axis.annotate(f"{value:.1%}", (place, value), (10, 7 * side), textcoords="offset points",
+            for place, value in list(zip(places, mean, strict=True))[number:]:  # the first point is common to both
+                axis.annotate(f"{value:.1%}", (place, value), (9, 7), textcoords="offset points",
                               fontsize=8, color=colour, va="center")  # fmt: skip
         axis.set_xticks(places, labels=[f"block {n}" for n in layers])
         axis.set_xlim(-0.4, len(layers) - 0.4)
