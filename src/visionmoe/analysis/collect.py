@@ -49,7 +49,9 @@ class Statistics:
             "next_image": self.next_image,
             "broken": self.broken,
         }
-        arrays = {f"{n}.{name}": array for n, layer in self.layers.items() for name, array in layer.arrays().items()}
+        arrays: dict[str, Any] = {
+            f"{n}.{name}": array for n, layer in self.layers.items() for name, array in layer.arrays().items()
+        }
         with atomic_write(path) as temporary, open(temporary, "wb") as stream:
             np.savez(stream, about=np.array(json.dumps(about)), **arrays)
 

@@ -137,9 +137,7 @@ def _information(out: Path, results: Results) -> Section:
             "over the permutations; “beyond chance” is the difference. The class token is left out of the places."
         ],
         [(out / "mutual_information.png", "Bars of mutual information per block beside shuffled ones")],
-        Table(
-            ("", "bits", "shuffled", "beyond chance", "of the expert's entropy", "all K choices, beyond chance"), rows
-        ),
+        Table(("", "bits", "shuffled", "beyond chance", "of the expert's entropy", "all choices, beyond chance"), rows),
     )
 
 
@@ -148,16 +146,12 @@ def _random(out: Path, results: Results) -> Section | None:
     if not random["seeds"]:
         return None
     trained = results["top1"]
-    rows = [
-        (
-            f"block {n}",
-            *(
-                f"{random[kind][n]['mean']:.2%} ± {random[kind][n]['std']:.2%} ({random[kind][n]['mean'] - trained:+.1%})"
-                for kind in ("alone", "cumulative")
-            ),
-        )
-        for n in random["alone"]
-    ]
+
+    def cell(entry: Mapping[str, float]) -> str:
+        return f"{entry['mean']:.2%} ± {entry['std']:.2%} ({entry['mean'] - trained:+.1%})"
+
+    kinds = ("alone", "cumulative")
+    rows = [(f"block {n}", *(cell(random[kind][n]) for kind in kinds)) for n in random["alone"]]
     return Section(
         "What the choice is worth: random routers",
         [
@@ -165,8 +159,8 @@ def _random(out: Path, results: Results) -> Section | None:
             "are interchangeable; where it falls far the experts have become specialists who need their own tokens."
         ],
         [
-            "At random means: every token's router probabilities are dealt to the experts in a random order, so its K "
-            "experts are drawn uniformly without replacement, while its K combine weights (largest first), its priority "
+            "At random means: every token's probabilities are dealt to the experts in a random order, so its K "
+            "experts are drawn uniformly without replacement, while its K weights (largest first), its priority "
             f"and the capacity stay as they were. Mean and standard deviation of {random['seeds']} draws. Orange: the "
             "routers of this block and of all sparse blocks below it at once."
         ],
@@ -194,8 +188,8 @@ def _positions(out: Path) -> Section:
         "Experts and places",
         [
             "One map per expert on the grid of patches: bright where many of the tokens at this place ask for the "
-            "expert. An expert that lights up at the rim or in the middle has learned a place (or what usually is there, "
-            "such as background)."
+            "expert. An expert that lights up at the rim or in the middle has learned a place, or what usually "
+            "is there, such as background."
         ],
         ["The maps of all experts add up to K at every place. The class token has no place and is not shown."],
         [(out / "experts_by_position.png", "Maps of the share of tokens per place and expert")],
@@ -249,7 +243,7 @@ def _weights(out: Path, results: Results) -> Section:
             "First choices near 1 mean a router that is sure; first and second choices alike, one that hedges."
         ],
         [
-            "Weights are not renormalised after the choice, so they need not add up to 1, and the second is at most 0.5."
+            "Weights are not renormalised after the choice: they need not add up to 1, and the second is at most 0.5."
             if results["model_config"]["moe"]["router"] == "top_k"
             else "With expert choice tokens have no first or second choice; all weights are in one histogram."
         ],
@@ -259,8 +253,8 @@ def _weights(out: Path, results: Results) -> Section:
 
 
 def _entropy(out: Path, results: Results) -> Section:
-    rows = [(f"block {n}", f"{e['mean']:.3f}", f"{e['std']:.3f}", f"{e['highest']:.0f}" if e["highest"] % 1 == 0
-             else f"{e['highest']:.3f}") for n, e in ((n, x["entropy_bits"]) for n, x in results["layers"].items())]  # fmt: skip
+    found = {n: layer["entropy_bits"] for n, layer in results["layers"].items()}
+    rows = [(f"block {n}", f"{e['mean']:.3f}", f"{e['std']:.3f}", f"{e['highest']:.3f}") for n, e in found.items()]
     return Section(
         "How sure the router is",
         [

@@ -66,7 +66,7 @@ class Ablation:
 
 def ablations(layers: Sequence[int], seeds: int) -> list[Ablation]:
     """The trained model; then for every seed each sparse layer by itself, and all of them up to it from the bottom."""
-    groups = [(layer,) for layer in layers]
+    groups: list[tuple[int, ...]] = [(layer,) for layer in layers]
     groups += [tuple(layers[: count + 1]) for count in range(1, len(layers))]
     return [Ablation((), 0), *(Ablation(group, seed) for seed in range(seeds) for group in groups)]
 

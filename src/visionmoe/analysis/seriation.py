@@ -24,8 +24,9 @@ def seriate(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shortest_chain(distances: np.ndarray) -> np.ndarray:
-    """A short open path through all points of symmetric distances (n, n): the best nearest-neighbour chain over all
-    starts, then improved by reversing parts (2-opt) until no reversal helps. It starts at the end with the lower number.
+    """A short open path through all points of symmetric distances (n, n), from the end with the lower number.
+
+    The best nearest-neighbour chain over all starts, improved by reversing parts (2-opt) until no reversal helps.
     """
     chains = [_nearest_chain(distances, start) for start in range(len(distances))]
     lengths = [distances[chain[:-1], chain[1:]].sum() for chain in chains]

@@ -11,7 +11,7 @@ from visionmoe.analysis.stats import LayerStatistics, Shape
 
 
 def class_shares(statistics: LayerStatistics, shape: Shape) -> np.ndarray:
-    """Share of a class's tokens that ask for each expert, any of their choices; (classes, E), rows sum to K (or K*M)."""
+    """Share of a class's tokens that ask for each expert, any choice; (classes, E), rows sum to K (or K*M)."""
     tokens = np.maximum(statistics.images, 1) * shape.tokens
     return statistics.by_class.sum(1) / tokens[:, None]
 

@@ -41,7 +41,7 @@ def experts_by_class(
             order = (order[0][share[order[0]].any(1)], order[1])
             picture = axis.imshow(share[np.ix_(*order)], cmap="magma", vmin=0, vmax=highest, aspect="auto")
             axis.set(title=f"block {layer}", xlabel="expert")
-            _labels(axis, [class_names[row] for row in order[0]], [str(column) for column in order[1]])
+            _labels(axis, [class_names[row] for row in order[0].tolist()], [str(column) for column in order[1]])
             if classes <= 16 and experts <= 16:
                 _numbers(axis, share[np.ix_(*order)], highest)
         for axis in axes[len(shares) :]:

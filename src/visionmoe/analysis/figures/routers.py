@@ -39,7 +39,7 @@ def combine_weights(path: str | os.PathLike, counts: Mapping[int, np.ndarray], t
 
 
 def entropies(path: str | os.PathLike, counts: Mapping[int, np.ndarray], highest: float, title: str = "") -> None:
-    """Histograms of the entropy of the tokens' probabilities. counts: block number -> (bins,) over 0 .. highest bits."""
+    """Histograms of the entropy of the tokens' probabilities. counts: block -> (bins,) over 0 .. highest bits."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(len(counts), title)
         for axis, (layer, line) in zip(axes, counts.items(), strict=False):
@@ -143,8 +143,7 @@ def position_maps(
         figure = Figure(figsize=(max(5.0, 1.9 * columns + 1.6), 1.9 * len(maps) + 0.5), layout="constrained")
         axes = figure.subplots(len(maps), columns, squeeze=False)
         for line, (name, entries) in zip(axes, maps.items(), strict=True):
-            lowest, highest = (function(values) for function, values in
-                               ((min, [m.min() for _, m in entries]), (max, [m.max() for _, m in entries])))  # fmt: skip
+            lowest, highest = min(m.min() for _, m in entries), max(m.max() for _, m in entries)
             for axis, (layer, values) in zip(line, entries, strict=True):
                 picture = axis.imshow(values, cmap="viridis", vmin=lowest, vmax=highest)
                 axis.set(xticks=[], yticks=[])
