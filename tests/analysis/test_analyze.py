@@ -170,6 +170,16 @@ def test_text_of_the_user_is_escaped(tmp_path: Path):
     assert "1 &lt; 2" in text
 
 
+def test_many_photographs_are_put_in_as_jpeg(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 255, (500, 500, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    Image.fromarray(noise[:50, :50]).save(tmp_path / "small.png")
+    pictures = [(tmp_path / "large.png", "a"), (tmp_path / "small.png", "b")]
+    text = page("t", "", Table((), []), [], [Section("s", [], pictures=pictures)], "")
+    assert re.findall(r'src="data:([a-z/]+);base64', text) == ["image/jpeg", "image/png"]
+    assert len(text) < (tmp_path / "large.png").stat().st_size
+
+
 def test_an_outlined_patch():
     crop = Crop(np.full((12, 12, 1), 100, np.uint8), (4, 8, 4, 4), 0.5, "cat")
     picture = figures.outlined(crop, 24)  # enlarged twice: rows 8 ... 15, columns 16 ... 23

@@ -134,10 +134,11 @@ def _information(out: Path, results: Results) -> Section:
             "independent images. The bias is measured, not computed, for tokens of one image are not independent: for "
             "the class every image gets the label of another one by a permutation of all images, its tokens staying "
             "together; for the place the patches of every image change places at random. Mean and standard deviation "
-            "over the permutations; “beyond chance” is the difference. The class token is left out of the places."
+            "over the permutations; “beyond chance” is the difference, the share is its part of the "
+            "expert's entropy. “All choices” is the same difference when second and later choices count too. The class token has no place."
         ],
         [(out / "mutual_information.png", "Bars of mutual information per block beside shuffled ones")],
-        Table(("", "bits", "shuffled", "beyond chance", "of the expert's entropy", "all choices, beyond chance"), rows),
+        Table(("", "bits", "shuffled", "beyond chance", "share of entropy", "all choices"), rows),
     )
 
 
@@ -208,8 +209,8 @@ def _capacities(out: Path, results: Results) -> Section:
         [
             "Experts have a limited number of places per batch. As they get fewer, dark patches are processed by no "
             "expert of the last sparse layer; only the residual connection carries them. Batch-priority routing serves "
-            "the tokens of which the router is surest first, so every image keeps its most telling patches; vanilla "
-            "routing serves images in their order, and the last ones lose everything."
+            "the tokens of which the router is surest first, from whatever image; vanilla routing serves them by their "
+            "position in the batch, and the last images lose everything."
         ],
         ["All images are one batch, spread over the data; the percentages are of all its patches."],
         pictures,

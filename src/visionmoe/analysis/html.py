@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 PAGE_DPI, FIGURE_DPI = 96, 160  # figures.style writes 160 pixels per inch
+LARGE = 600_000  # bytes of a PNG, of many photographs, that is put into the page as JPEG
 TYPES = {".png": "image/png", ".gif": "image/gif"}
 CSS = """
 :root { color-scheme: light; --ink: #1d2329; --soft: #5b6670; --line: #e3e6e9; --accent: #c2500a; --wash: #f6f7f8 }
@@ -93,15 +95,25 @@ def _section(number: int, section: Section) -> str:
 
 
 def _picture(path: Path, words: str) -> str:
-    """The file itself, in the size in inches that it was drawn for; a wide one scrolls sideways on a phone."""
+    """The picture, in the size in inches that it was drawn for; a wide one scrolls sideways on a phone."""
     with Image.open(path) as picture:
         width = picture.width if path.suffix == ".gif" else round(picture.width * PAGE_DPI / FIGURE_DPI)
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    kind, content = TYPES[path.suffix], path.read_bytes()
+    if path.suffix == ".png" and len(content) > LARGE:
+        kind, content = "image/jpeg", _as_jpeg(path)
+    data = base64.b64encode(content).decode("ascii")
     wide = ' class="wide"' if width > 700 else ""
     return (
         f'<figure><img{wide} width="{width}" alt="{html.escape(words, quote=True)}" '
-        f'src="data:{TYPES[path.suffix]};base64,{data}"></figure>'
+        f'src="data:{kind};base64,{data}"></figure>'
     )
+
+
+def _as_jpeg(path: Path) -> bytes:
+    stream = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.convert("RGB").save(stream, "JPEG", quality=82, optimize=True)
+    return stream.getvalue()
 
 
 def _table(table: Table) -> str:

@@ -66,7 +66,8 @@ def draw_statistics(
             name: [(n, np.array(e[key])[-patches:].reshape(config.grid)) for n, e in of_each("entropy_bits").items()]
             for name, key in (("entropy, bits", "by_position"), ("share processed", "served_by_position"))
         },
-        "Where the router is undecided, and what it drops",
+        "Where the router is undecided, and what is processed",
+        shares=("share processed",),
     )
 
 
@@ -88,7 +89,7 @@ def draw_galleries(out: Path, model: VisionTransformer, statistics: Statistics, 
             table.best_label,
         )
         load = table.asked.sum(0) / max(1, table.asked.sum())
-        labels = [f"expert {expert}\n{share:.0%} of requests" for expert, share in enumerate(load)]
+        labels = [f"expert {expert}\n{share:.1%} of requests" for expert, share in enumerate(load)]
         title = f"Block {layer}: the patches that each expert likes most"
         figures.gallery(out / f"gallery_block{layer}.png", crops, labels, title)
 

@@ -121,13 +121,15 @@ def random_routers(path: str | os.PathLike, result: Mapping[str, Any], title: st
             std = [result[key][n]["std"] for n in layers]
             axis.errorbar(places + (number - 0.5) * 0.08, mean, std, color=colour, marker=marker, markersize=6,
                           capsize=3, label=label)  # fmt: skip
-            for place, value in list(zip(places, mean, strict=True))[number:]:  # the first point is common to both
-                axis.annotate(f"{value:.1%}", (place, value), (9, 7), textcoords="offset points",
+            other = [result["cumulative" if key == "alone" else "alone"][n]["mean"] for n in layers]
+            for place in range(number, len(layers)):  # the first point is common to both
+                side = 1 if mean[place] >= other[place] else -1
+                axis.annotate(f"{mean[place]:.1%}", (place, mean[place]), (9, 8 * side), textcoords="offset points",
                               fontsize=8, color=colour, va="center")  # fmt: skip
         axis.set_xticks(places, labels=[f"block {n}" for n in layers])
         axis.set_xlim(-0.4, len(layers) - 0.4)
         axis.set(xlabel="experts drawn at random in", ylabel="top-1")
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.margins(y=0.15)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         _title(figure, title)
@@ -135,15 +137,23 @@ def random_routers(path: str | os.PathLike, result: Mapping[str, Any], title: st
 
 
 def position_maps(
-    path: str | os.PathLike, maps: Mapping[str, Sequence[tuple[int, np.ndarray]]], title: str = ""
+    path: str | os.PathLike,
+    maps: Mapping[str, Sequence[tuple[int, np.ndarray]]],
+    title: str = "",
+    shares: Sequence[str] = (),
 ) -> None:
-    """Maps of one value per patch, a row per quantity. maps: its name -> [(block number, (rows, columns)), ...]."""
+    """Maps of one value per patch, a row per quantity. maps: its name -> [(block number, (rows, columns)), ...].
+
+    shares: names of quantities between 0 and 1, whose colours span that and are named in percent.
+    """
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.titleweight": "normal"}):
         columns = max(len(line) for line in maps.values())
         figure = Figure(figsize=(max(5.0, 1.9 * columns + 1.6), 1.9 * len(maps) + 0.5), layout="constrained")
         axes = figure.subplots(len(maps), columns, squeeze=False)
         for line, (name, entries) in zip(axes, maps.items(), strict=True):
             lowest, highest = min(m.min() for _, m in entries), max(m.max() for _, m in entries)
+            if name in shares:
+                lowest, highest = 0.0, 1.0
             for axis, (layer, values) in zip(line, entries, strict=True):
                 picture = axis.imshow(values, cmap="viridis", vmin=lowest, vmax=highest)
                 axis.set(xticks=[], yticks=[])
@@ -152,6 +162,8 @@ def position_maps(
             line[0].set_ylabel(name, fontsize=9)
             bar = figure.colorbar(picture, ax=list(line), shrink=0.9, pad=0.02)
             bar.outline.set_visible(False)
+            if name in shares:
+                bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _title(figure, title)
         save(figure, path)
 
