@@ -135,7 +135,8 @@ def _information(out: Path, results: Results) -> Section:
             "the class every image gets the label of another one by a permutation of all images, its tokens staying "
             "together; for the place the patches of every image change places at random. Mean and standard deviation "
             "over the permutations; “beyond chance” is the difference, the share is its part of the "
-            "expert's entropy. “All choices” is the same difference when second and later choices count too. The class token has no place."
+            "expert's entropy. “All choices” is the same difference when second and later choices count "
+            "too. The class token has no place."
         ],
         [(out / "mutual_information.png", "Bars of mutual information per block beside shuffled ones")],
         Table(("", "bits", "shuffled", "beyond chance", "share of entropy", "all choices"), rows),
