@@ -2,16 +2,35 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from visionmoe.config import ModelConfig, RoutingSetting
 from visionmoe.evaluate.adaptive import restored_routing, set_routing
 from visionmoe.evaluate.classify import evaluation_mode, prepare
+from visionmoe.model.router import Router
 from visionmoe.model.routing import Routing
 from visionmoe.model.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What the tokens of a batch asked of one sparse layer; numpy, one entry per request, (R,).
+
+    image: number in the batch. token: place in the image, the class token included. rank: 0 for the first choice, 1 for
+    the second, ...; with expert choice, where tokens have no choices, 0. weight: the combine weight. kept: bool.
+    """
+
+    image: np.ndarray
+    token: np.ndarray
+    expert: np.ndarray
+    rank: np.ndarray
+    weight: np.ndarray
+    kept: np.ndarray
 
 
 @contextlib.contextmanager
@@ -20,20 +39,43 @@ def recording(model: VisionTransformer) -> Iterator[dict[int, list[Routing]]]:
 
     ValueError for a model whose layers do not route (dense, or Soft MoE, which mixes instead).
     """
+    records: dict[int, list[Routing]] = {layer: [] for layer in model.moe_layers}
+    with _hooks(model, lambda layer, router, x, routing: records[layer].append(routing)):
+        yield records
+
+
+@contextlib.contextmanager
+def recording_entropy(model: VisionTransformer) -> Iterator[dict[int, list[Tensor]]]:
+    """As `recording`, but of the entropy, in bits, of every token's probabilities, one (B*T, M) per call.
+
+    The probabilities are computed anew from the router's input: a forward pass without this pays nothing for it.
+    """
+    records: dict[int, list[Tensor]] = {layer: [] for layer in model.moe_layers}
+
+    def record(layer: int, router: Router, x: Tensor, routing: Routing) -> None:
+        entropy = torch.special.entr(router.probabilities(x)).sum(-1) / np.log(2)  # (G, M, S/M)
+        records[layer].append(entropy.transpose(1, 2).flatten(0, 1))
+
+    with _hooks(model, record):
+        yield records
+
+
+@contextlib.contextmanager
+def _hooks(model: VisionTransformer, record: Any) -> Iterator[None]:
+    """Calls record(layer, router, its input, its Routing) after every forward call of a router."""
     if not model.moe_layers or model.config.moe.router == "soft":
         raise ValueError("the model has no layers that route tokens to experts")
-    records: dict[int, list[Routing]] = {layer: [] for layer in model.moe_layers}
 
     def hook_of(layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            records[layer].append(output[0])
+            record(layer, module, inputs[0], output[0])
 
         return hook
 
     routers = {layer: model.get_submodule(f"blocks.{layer}.mlp.router") for layer in model.moe_layers}
     handles = [router.register_forward_hook(hook_of(layer)) for layer, router in routers.items()]
     try:
-        yield records
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -86,19 +128,32 @@ def experts_by_class(
 
     Counts what the tokens ask for, before anything is dropped. Classes without images have rows of zeros.
     """
-    config = model.config
-    shape = (num_classes, config.moe.num_experts)
-    totals = {layer: torch.zeros(shape, dtype=torch.int64) for layer in model.moe_layers}
+    experts = model.config.moe.num_experts
+    totals = {layer: np.zeros((num_classes, experts), np.int64) for layer in model.moe_layers}
     for images, labels, _ in batches:
         for layer, routing in record_routing(model, images).items():
-            image = _image_of_request(routing, config)
-            real = image < len(images)  # not those that only fill the last group
-            pair = labels[image[real]] * config.moe.num_experts + routing.expert_index.cpu()[real]
-            totals[layer] += torch.bincount(pair, minlength=totals[layer].numel()).view(shape)
-    return {layer: total / total.sum(1, keepdim=True).clamp_min(1) for layer, total in totals.items()}
+            by_image = count_by_image(requests_of(routing, model.config, len(images)), len(images), experts)
+            np.add.at(totals[layer], labels.numpy(), by_image.sum(1))
+    return {layer: torch.from_numpy(total / np.maximum(total.sum(1, keepdims=True), 1)).float()
+            for layer, total in totals.items()}  # fmt: skip
 
 
-def _image_of_request(routing: Routing, config: ModelConfig) -> Tensor:
-    """Number in the batch of the image that each request (G, R) comes from."""
-    group = torch.arange(len(routing.token_index))[:, None]
-    return (group * routing.num_tokens + routing.token_index.cpu()) // (config.num_tokens * config.ensemble_size)
+def requests_of(routing: Routing, config: ModelConfig, num_images: int) -> Requests:
+    """The requests of the first `num_images` images; those that only fill the last group are left out."""
+    groups, requests = routing.token_index.shape
+    top_k = config.moe.router == "top_k"
+    choices = requests // routing.num_tokens if top_k else 1
+    group = torch.arange(groups)[:, None]
+    place = (group * routing.num_tokens + routing.token_index.cpu()) // config.ensemble_size  # among all (B*T,)
+    image = place // config.num_tokens
+    real = image < num_images
+    rank = (torch.arange(requests) % choices).expand(groups, -1)
+    columns = (image, place % config.num_tokens, routing.expert_index.cpu(), rank,
+               routing.combine_weights.float().cpu(), routing.kept.cpu())  # fmt: skip
+    return Requests(*(column[real].numpy() for column in columns))
+
+
+def count_by_image(requests: Requests, num_images: int, num_experts: int) -> np.ndarray:
+    """How often each image asks for each expert: int64 (B, 2, E), first choices and later ones apart."""
+    cell = (requests.image * 2 + (requests.rank > 0)) * num_experts + requests.expert
+    return np.bincount(cell, minlength=num_images * 2 * num_experts).reshape(num_images, 2, num_experts)

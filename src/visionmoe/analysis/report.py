@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visionmoe.analysis.record import experts_by_class, kept_patches
+from visionmoe.analysis.seriation import seriate
 from visionmoe.config import RoutingSetting
 from visionmoe.data.transforms import to_uint8
 from visionmoe.evaluate.adaptive import SweepPoint
@@ -63,9 +64,11 @@ def draw_kept_patches(
     batch_priority: bool,
     classes: Sequence[int],
     factors: Sequence[float] = FACTORS,
+    order: str = "",
 ) -> dict[float, float]:
     """Photographs of the batch with the patches that the last sparse layer processes at every capacity factor.
 
+    order: what the title calls the routing; "": by batch_priority.
     Returns the share of all patches of the batch that are kept, by capacity factor.
     """
     from visionmoe.analysis import figures
@@ -77,14 +80,14 @@ def draw_kept_patches(
     rows = spread_examples(labels, classes)
     pictures = to_uint8(images[rows]).permute(0, 2, 3, 1).cpu().numpy()  # (B, C, H, W) -> (B, H, W, C)
     shares = {factor: mask.float().mean().item() for factor, mask in zip(factors, kept, strict=True)}
-    order = "batch-priority" if batch_priority else "vanilla"
+    order = order or ("batch-priority routing" if batch_priority else "vanilla routing")
     figures.kept_patches(
         path,
         pictures,
         [mask[rows].numpy() for mask in kept],
         shares,
         [class_names[label] for label in labels[rows].tolist()],
-        title=f"What is left when experts have fewer places: block {layer}, K={k}, {order} routing",
+        title=f"What is left when experts have fewer places: block {layer}, K={k}, {order}",
     )
     return shares
 
@@ -106,12 +109,13 @@ def draw_report(
     classes = _every_other(len(class_names))
     for name, priority in (("kept_patches.png", True), ("kept_patches_vanilla.png", False)):
         draw_kept_patches(out / name, model, batch, class_names, batch_priority=priority, classes=classes)
-    shares = experts_by_class(model, loader, len(class_names))
+    shares = {n: np.asarray(share) for n, share in experts_by_class(model, loader, len(class_names)).items()}
     figures.experts_by_class(
         out / "experts_by_class.png",
-        {layer: np.asarray(share) for layer, share in shares.items()},
+        shares,
         class_names,
-        "Which experts the tokens of each class ask for",
+        "Which experts the tokens of each class ask for, in %",
+        {layer: seriate(share) for layer, share in shares.items()},
     )
     return {
         "learning_curves.png": "loss, accuracy and the experts' shares over the run",

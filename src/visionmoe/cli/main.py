@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": (options.Finetune, "visionmoe.cli.training"),
     "evaluate": (options.Evaluate, "visionmoe.cli.evaluation"),
     "sweep": (options.Sweep, "visionmoe.cli.evaluation"),
+    "analyze": (options.Analyze, "visionmoe.cli.analyze"),
     "convert": (options.Convert, "visionmoe.cli.convert"),
     "info": (options.Info, "visionmoe.cli.info"),
 }

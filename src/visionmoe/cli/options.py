@@ -127,6 +127,36 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Analyze:
+    """What the routers learned: a report of pictures and numbers over labelled images."""
+
+    path: ModelPath
+    """A trained model, as for evaluate."""
+    data: Text = None
+    """Images, as for evaluate."""
+    split: Text = None
+    """Part of the data."""
+    config: File = None
+    """config.json of a released PREFIX."""
+    seeds: int = 3
+    """Draws of random routers, each evaluated for every layer by itself and from the bottom up; 0: none."""
+    permutations: int = 10
+    """Shuffles of the labels that show what mutual information chance alone gives; 0: none."""
+    gallery: int = 12
+    """Patches shown per expert."""
+    batch_size: Integer = None
+    """Images per forward pass; they compete for the experts' places."""
+    workers: Integer = None
+    """Processes that decode images."""
+    bf16: bool = False
+    """Compute in bfloat16 where that is safe."""
+    device: Text = None
+    """cpu, cuda, ... Default: a GPU where there is one."""
+    out: Path = Path("out/analyze")
+    """Where report.html, results.json and the pictures go; the same command there continues what was stopped."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Convert a checkpoint from the released format to safetensors, or back."""
 

@@ -23,6 +23,25 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
+def shuffled_indices(seed: int, number: int, indices: np.ndarray, size: int) -> np.ndarray:
+    """Where permutation `number` of 0 .. size-1 sends `indices`: int64 (B,). No memory grows with `size`.
+
+    Four rounds of a Feistel network over the next power of four, walked until the value lies below `size`.
+    """
+    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    values = indices.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for step in range(4):
+            keys = sample_keys(seed, np.full(len(right), 4 * number + step), right)
+            left, right = right, left ^ (keys & mask)
+        values[outside] = (left << half) | right
+        outside = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
 def _scramble(x: np.ndarray) -> np.ndarray:
     """One step of SplitMix64 (Steele et al., 2014), on uint64 (B,)."""
     x = x + _GOLDEN

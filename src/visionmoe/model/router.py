@@ -39,6 +39,11 @@ class Router(nn.Module):
         metrics = {name: loss.detach() for name, loss in losses.items()} | _health(result, probs)
         return result, losses["auxiliary_loss"].mean(), metrics
 
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Noise-free probabilities of each member's own experts. (G, S, D) -> (G, M, S/M, E/M)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.softmax(self._logits(x.float()), dim=-1)
+
     def _logits(self, x: Tensor) -> Tensor:
         """(G, S, D) -> (G, M, S/M, E/M); without an ensemble M is 1."""
         groups, size, dim = x.shape

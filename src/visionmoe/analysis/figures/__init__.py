@@ -3,18 +3,38 @@
 Every function takes plain numbers, writes one file (beside, then renamed) and leaves no state behind: no pyplot.
 """
 
+from visionmoe.analysis.figures.animation import kept_patches_animation
 from visionmoe.analysis.figures.compute import accuracy_against_compute
-from visionmoe.analysis.figures.experts import experts_by_class
+from visionmoe.analysis.figures.experts import experts_by_class, experts_by_position
+from visionmoe.analysis.figures.gallery import gallery, outlined
 from visionmoe.analysis.figures.patches import kept_patches, mosaic, shaded
+from visionmoe.analysis.figures.routers import (
+    combine_weights,
+    entropies,
+    expert_load,
+    mutual_information,
+    position_maps,
+    random_routers,
+)
 from visionmoe.analysis.figures.style import smooth
 from visionmoe.analysis.figures.training import learning_curves
 
 __all__ = [
     "accuracy_against_compute",
+    "combine_weights",
+    "entropies",
+    "expert_load",
     "experts_by_class",
+    "experts_by_position",
+    "gallery",
     "kept_patches",
+    "kept_patches_animation",
     "learning_curves",
     "mosaic",
+    "mutual_information",
+    "outlined",
+    "position_maps",
+    "random_routers",
     "shaded",
     "smooth",
 ]

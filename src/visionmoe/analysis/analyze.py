@@ -1,0 +1,142 @@
+"""The stages of an analysis, each of which leaves its result in the folder and is not done again.
+
+state/statistics.npz: the tables of one pass over the images, saved on the way; state/random_routers.json: the finished
+evaluations with random routers. Both carry a fingerprint of model, images and options; one of something else is
+replaced, never continued. Pictures and report follow from them and are drawn each time.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from visionmoe.analysis.collect import Keeping, Statistics, collect
+from visionmoe.analysis.gallery import pixels_of
+from visionmoe.analysis.random_router import ablations, run_ablations, summarise
+from visionmoe.config import ModelConfig, to_dict
+from visionmoe.data.loader import EvalLoader
+from visionmoe.evaluate.classify import ClassificationEvaluator
+from visionmoe.files import read_json, write_json
+from visionmoe.model.vit import VisionTransformer
+
+_log = logging.getLogger(__name__)
+FORMAT = 1  # of the files in state/
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """seeds: draws of random routers. permutations: shuffles of the labels. gallery: patches per expert. autocast:
+    bfloat16. save_seconds: how often the pass saves itself."""
+
+    seeds: int = 3
+    permutations: int = 10
+    gallery: int = 12
+    autocast: bool = False
+    save_seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("seeds", 0), ("permutations", 0), ("gallery", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+
+
+class Analysis:
+    """A model, labelled images and a folder; its stages in the order in which they are to run.
+
+    ValueError for a model without layers that route tokens to experts.
+    """
+
+    def __init__(self, model: VisionTransformer, loader: EvalLoader, out: Path, config: AnalysisConfig) -> None:
+        check_routes(model.config)
+        self.model, self.loader, self.out, self.config = model, loader, out, config
+        self.fingerprint = _hash([FORMAT, model_fingerprint(model), data_fingerprint(loader), config.autocast])
+
+    def load_statistics(self) -> Statistics:
+        """The tables as far as an earlier start of the same analysis filled them."""
+        path, config = self._statistics_file(), self.config
+        stored = Statistics.load(path, self._statistics_fingerprint())
+        if stored is None and path.exists():
+            _log.warning("%s is of other options, another model or other images; it is made anew", path)
+        if stored is not None:
+            return stored
+        return Statistics.empty(self.model.config, self.loader.num_classes, config.permutations, config.gallery)
+
+    def run_statistics(self, statistics: Statistics, on_batch: Callable[[int], None]) -> None:
+        """Fills the tables; on_batch gets the number of images of every batch."""
+        keeping = Keeping(self._statistics_file(), self._statistics_fingerprint(), self.config.save_seconds)
+        collect(self.model, self.loader, statistics, autocast=self.config.autocast, on_batch=on_batch, keeping=keeping)
+
+    def load_evaluations(self) -> dict[str, dict[str, float]]:
+        """The evaluations with random routers that an earlier start finished."""
+        path = self.out / "state" / "random_routers.json"
+        if not path.is_file():
+            return {}
+        stored = read_json(path)
+        return stored["evaluations"] if stored.get("fingerprint") == self.fingerprint else {}
+
+    def missing(self, done: dict[str, dict[str, float]]) -> int:
+        """How many evaluations `run_random_routers` would make."""
+        return sum(one.name not in done for one in ablations(self.model.moe_layers, self.config.seeds))
+
+    def run_random_routers(self, done: dict[str, dict[str, float]], on_batch: Callable[[int], None]) -> dict[str, Any]:
+        """Makes the evaluations that are missing, keeps each, and returns their summary."""
+        layers, seeds = self.model.moe_layers, self.config.seeds
+        evaluator = ClassificationEvaluator(self.loader, autocast=self.config.autocast, on_batch=on_batch)
+        path = self.out / "state" / "random_routers.json"
+        run_ablations(
+            self.model,
+            evaluator,
+            ablations(layers, seeds),
+            done,
+            lambda: write_json(path, {"fingerprint": self.fingerprint, "evaluations": done}),
+        )
+        return summarise(layers, seeds, done)
+
+    def _statistics_file(self) -> Path:
+        return self.out / "state" / "statistics.npz"
+
+    def _statistics_fingerprint(self) -> str:
+        return _hash([self.fingerprint, self.config.permutations, self.config.gallery])
+
+
+def check_routes(config: ModelConfig) -> None:
+    """ValueError for a model without layers that route tokens to experts."""
+    if not config.moe.layers:
+        raise ValueError("the model is dense: it has no routers to analyze")
+    if config.moe.router == "soft":
+        raise ValueError("the model is a Soft MoE, which mixes tokens instead of routing them: no routers to analyze")
+
+
+def model_fingerprint(model: VisionTransformer) -> str:
+    """Hexadecimal SHA-256 of the config, with the routing in force, and of all weights."""
+    digest = hashlib.sha256(json.dumps(to_dict(model.config), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def data_fingerprint(loader: EvalLoader, samples: int = 16) -> str:
+    """Hexadecimal SHA-256 of where the images come from, how they are prepared and grouped, all labels, and the pixels
+    of a few images spread over the data (of all would cost a pass); a broken one counts as its message."""
+    config, source = loader.config, loader.source
+    digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
+    about = [config.source, config.eval_split, config.image_hw, config.in_channels, config.eval_resize,
+             config.eval_batch_size, list(source.class_names)]  # fmt: skip
+    digest.update(json.dumps(about).encode())
+    for index in np.unique(np.linspace(0, len(source) - 1, samples).round().astype(int)):
+        try:
+            digest.update(pixels_of(source, config, int(index)).tobytes())
+        except ValueError as error:
+            digest.update(str(error).encode())
+    return digest.hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

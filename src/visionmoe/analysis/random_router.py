@@ -1,0 +1,110 @@
+"""How much the router's choice is worth: accuracy when experts are drawn at random (arXiv 2106.05974, appendix E)."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from visionmoe.config import RoutingSetting
+from visionmoe.model.moe import MoE
+from visionmoe.model.router import Router
+from visionmoe.model.routing import Routing
+from visionmoe.model.vit import VisionTransformer
+
+
+class RandomRouter(Router):
+    """A trained router whose probabilities are dealt to the experts in a random order, anew for every token.
+
+    So the K experts of a token are drawn uniformly without replacement, while its K weights, largest first, its
+    priority, the capacity and K stay what the trained router gave. With expert choice, experts choose by such dealt
+    probabilities.
+    """
+
+    def __init__(self, trained: Router, seed: int) -> None:
+        nn.Module.__init__(self)  # not Router's: the weights are those of the trained one
+        self.config, self.gate = trained.config, trained.gate
+        self.generator = torch.Generator().manual_seed(seed)
+        self.train(trained.training)
+
+    def _route(self, probs: Tensor, setting: RoutingSetting) -> Routing:
+        order = torch.rand(probs.shape, generator=self.generator).argsort(-1).to(probs.device)
+        return super()._route(probs.gather(-1, order), setting)
+
+
+@contextlib.contextmanager
+def random_routers(model: VisionTransformer, layers: Sequence[int], seed: int) -> Iterator[None]:
+    """While the body runs, the routers of these blocks choose at random; afterwards they are the trained ones again."""
+    trained: list[tuple[MoE, Router]] = []
+    try:
+        for layer in layers:
+            sparse = model.moe_layer(layer)
+            if not isinstance(sparse, MoE):
+                raise ValueError("the model has no layers that route tokens to experts")
+            trained.append((sparse, sparse.router))
+            sparse.router = RandomRouter(sparse.router, int(np.random.SeedSequence([seed, layer]).generate_state(1)[0]))
+        yield
+    finally:
+        for sparse, router in trained:
+            sparse.router = router
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One evaluation: the blocks whose routers choose at random (none: as trained), and the seed of the choices."""
+
+    layers: tuple[int, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"blocks {','.join(map(str, self.layers))} seed {self.seed}" if self.layers else "trained"
+
+
+def ablations(layers: Sequence[int], seeds: int) -> list[Ablation]:
+    """The trained model; then for every seed each sparse layer by itself, and all of them up to it from the bottom."""
+    groups: list[tuple[int, ...]] = [(layer,) for layer in layers]
+    groups += [tuple(layers[: count + 1]) for count in range(1, len(layers))]
+    return [Ablation((), 0), *(Ablation(group, seed) for seed in range(seeds) for group in groups)]
+
+
+def run_ablations(
+    model: VisionTransformer,
+    evaluate: Callable[[VisionTransformer], dict[str, Any]],
+    wanted: Sequence[Ablation],
+    done: dict[str, dict[str, float]],
+    on_done: Callable[[], None],
+) -> None:
+    """Evaluates what `done` lacks; puts {"top1", "loss"} of each into it by its name, then calls on_done."""
+    for ablation in wanted:
+        if ablation.name in done:
+            continue
+        with random_routers(model, ablation.layers, ablation.seed):
+            result = evaluate(model)
+        done[ablation.name] = {"top1": result["top1"], "loss": result["loss"]}
+        on_done()
+
+
+def summarise(layers: Sequence[int], seeds: int, done: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """{"trained": {...}, "alone": {block: {...}}, "cumulative": {block: {...}}}, means and deviations over seeds.
+
+    "cumulative" of a block is with every sparse layer up to and including it at random. std is 0 for one seed.
+    """
+    alone = {str(layer): _over_seeds((layer,), seeds, done) for layer in layers}
+    cumulative = {str(layer): _over_seeds(tuple(layers[: i + 1]), seeds, done) for i, layer in enumerate(layers)}
+    return {"trained": done[Ablation((), 0).name], "seeds": seeds,
+            "alone": alone if seeds else {}, "cumulative": cumulative if seeds else {}}  # fmt: skip
+
+
+def _over_seeds(layers: tuple[int, ...], seeds: int, done: dict[str, dict[str, float]]) -> dict[str, Any]:
+    top1 = [done[Ablation(layers, seed).name]["top1"] for seed in range(seeds)]
+    loss = [done[Ablation(layers, seed).name]["loss"] for seed in range(seeds)]
+    return {
+        "top1": top1,
+        "mean": float(np.mean(top1)) if top1 else None,
+        "std": float(np.std(top1, ddof=1)) if len(top1) > 1 else 0.0,
+        "loss": float(np.mean(loss)) if loss else None,
+    }
