@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": (options.Finetune, "visionmoe.cli.training"),
     "evaluate": (options.Evaluate, "visionmoe.cli.evaluation"),
     "sweep": (options.Sweep, "visionmoe.cli.evaluation"),
+    "fewshot": (options.Fewshot, "visionmoe.cli.fewshot"),
     "convert": (options.Convert, "visionmoe.cli.convert"),
     "info": (options.Info, "visionmoe.cli.info"),
 }
