@@ -35,5 +35,5 @@ def accuracy_over_shots(path: str | os.PathLike, results: Sequence[FewShotResult
             xlabel="training images per class",
             ylabel="test accuracy",
         )
-        axis.legend(loc="lower right")
+        axis.legend(loc="best")
         save(figure, path)
