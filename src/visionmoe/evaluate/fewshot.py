@@ -53,10 +53,11 @@ def fewshot_accuracy(
     if min(l2_regs, default=0.0) <= 0:
         raise ValueError(f"l2_regs must be > 0, got {list(l2_regs)}")
     selected = select_shots(train_labels.numpy(), shots, num_classes, seed)
+    test = test.to(torch.float64)
     out = np.empty((len(shots), len(l2_regs)))
     for row, shot in enumerate(shots):
         index = torch.from_numpy(selected[shot])
-        ridge = _Ridge.fit(train[index], train_labels[index], num_classes)
+        ridge = _Ridge.fit(train[index].to(torch.float64), train_labels[index], num_classes)
         standard = ridge.standardise(test)
         for column, strength in enumerate(l2_regs):
             hits = (standard @ ridge.weights(strength)).argmax(dim=1) == test_labels
@@ -260,7 +261,7 @@ def _with_bias(x: Tensor) -> Tensor:
 
 
 def _features(name: str, value: ArrayLike | Tensor) -> Tensor:
-    x = torch.as_tensor(value).detach().cpu().to(torch.float64)
+    x = torch.as_tensor(value).detach().cpu()
     if x.dim() != 2 or not x.numel():
         raise ValueError(f"{name} must be (images, features), got shape {tuple(x.shape)}")
     if not torch.isfinite(x).all():
