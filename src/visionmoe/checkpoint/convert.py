@@ -49,11 +49,13 @@ def run_convert(config: ConvertConfig) -> dict[str, Any]:
     out = Path(config.out)
     results: dict[str, Any] = {"source": config.source, "to": config.to}
     if config.to == "safetensors":
-        write_pretrained(out, source.config, state, source.preprocessing)
+        write_pretrained(out, source.config, state, source.preprocessing, source.class_names)
         files = [CONFIG_NAME, WEIGHTS_NAME]
     else:
         write_vmoe(out / PREFIX_NAME, tensors_to_vmoe(state, source.config), config.num_shards)
-        write_json(out / CONFIG_NAME, to_dict(PretrainedConfig(source.config, source.preprocessing)))
+        write_json(
+            out / CONFIG_NAME, to_dict(PretrainedConfig(source.config, source.preprocessing, source.class_names))
+        )
         results["prefix"] = str(out / PREFIX_NAME)
         shards = [f"{PREFIX_NAME}.data-{i:05d}-of-{config.num_shards:05d}" for i in range(config.num_shards)]
         files = [CONFIG_NAME, f"{PREFIX_NAME}.index", *shards]

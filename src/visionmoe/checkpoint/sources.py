@@ -28,10 +28,12 @@ _FLOATS = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float
 
 
 class Source(Protocol):
-    """Stored parameters. config, preprocessing: the model that they belong to, and its images."""
+    """Stored parameters. config, preprocessing: the model that they belong to, and its images. class_names: of the
+    head's outputs, None where the checkpoint does not say them."""
 
     config: ModelConfig
     preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
 
     def check(self, left_out: Iterable[str]) -> None:
         """Raises ValueError when the stored parameters are not the config's; `left_out`: top-level names to ignore."""
@@ -61,6 +63,7 @@ class DirectorySource:
     def __init__(self, directory: Path) -> None:
         stored = read_pretrained_config(directory)
         self.config, self.preprocessing = stored.model, stored.preprocessing or Preprocessing.of(stored.model)
+        self.class_names = stored.class_names
         self._weights = open_pretrained_weights(directory)
 
     def check(self, left_out: Iterable[str]) -> None:
@@ -83,6 +86,7 @@ class ReferenceSource:
 
     def __init__(self, reader: Reader, config: ModelConfig) -> None:
         self.config, self.preprocessing, self._reader = config, Preprocessing.of(config), reader
+        self.class_names: tuple[str, ...] | None = None
         self._prefix = "params/" if "params/embedding/kernel" in reader.shapes else ""
         self._shapes = {
             name.removeprefix(self._prefix): shape

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": (options.Evaluate, "visionmoe.cli.evaluation"),
     "sweep": (options.Sweep, "visionmoe.cli.evaluation"),
     "analyze": (options.Analyze, "visionmoe.cli.analyze"),
+    "fewshot": (options.Fewshot, "visionmoe.cli.fewshot"),
     "convert": (options.Convert, "visionmoe.cli.convert"),
     "info": (options.Info, "visionmoe.cli.info"),
 }

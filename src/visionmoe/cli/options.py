@@ -13,6 +13,7 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Switch = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}")]
 ModelPath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
 Assignments = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="NAME=VALUE")]
 
 
@@ -42,12 +43,12 @@ class Train:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Fine-tune a trained model: new head, and any resolution."""
+    """Fine-tune a trained model: other images, another resolution, all of it or a part."""
 
     path: ModelPath
     """A run, a folder that save_pretrained wrote, a released checkpoint's name, or its PREFIX with --model-config."""
     data: Text = None
-    """Images, as for train."""
+    """Images, as for train. Default: those of the run, or of the recipe."""
     recipe: str = "finetune"
     """Recipe: finetune, finetune_imagenet or finetune_cifar10."""
     model_config: File = None
@@ -58,6 +59,16 @@ class Finetune:
     """Length of the run in steps."""
     epochs: Number = None
     """Length of the run in passes over the training images."""
+    image_size: Integer = None
+    """Pixels, in the place of the recipe's; position embeddings are resized."""
+    head: Literal["auto", "keep", "new"] = "auto"
+    """The classifier: auto keeps it where the checkpoint has the same classes as the images, else it starts anew."""
+    layer_decay: Number = None
+    """Factor in (0, 1] by which the rate falls from each block to the one before it."""
+    freeze: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN [PATTERN ...]")] = ()
+    """Regular expressions: parameters whose names match one of them stay as they are, e.g. ^patch_embed pos_embed."""
+    freeze_router: bool = False
+    """The routers stay as they are."""
     assignments: Assignments = ()
     """Any field of the run's config. May be repeated."""
     resume: bool = False
@@ -154,6 +165,50 @@ class Analyze:
     """cpu, cuda, ... Default: a GPU where there is one."""
     out: Path = Path("out/analyze")
     """Where report.html, results.json and the pictures go; the same command there continues what was stopped."""
+
+
+@dataclass(frozen=True)
+class Fewshot:
+    """Few-shot accuracy of frozen features: ridge regression on k images per class."""
+
+    path: ModelPath
+    """A trained model, as for evaluate; it needs no head."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA [DATA ...]")]
+    """One or more data sets: fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME."""
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    """Training images per class."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each selects other images; mean and spread are reported."""
+    train_split: Texts = ("train",)
+    """Where the images to learn from are selected: one for all data sets, or one for each."""
+    test_split: Texts = ("test",)
+    """Images to classify: one for all data sets, or one for each."""
+    config: File = None
+    """config.json of a released PREFIX."""
+    num_selected_experts: Integer = None
+    """Experts per token (K) in the place of the model's own."""
+    capacity_factor: Number = None
+    """Capacity factor in the place of the model's own."""
+    batch_priority: Switch = None
+    """Batch-priority routing in the place of the model's own order."""
+    image_size: Integer = None
+    """Pixels, in the place of the model's own size; position embeddings are resized."""
+    eval_resize: Integer = None
+    """Resize the smaller side to so many pixels and crop the centre. Default: resize to the model's size."""
+    batch_size: Integer = None
+    """Images per forward pass."""
+    workers: Integer = None
+    """Processes that decode images."""
+    bf16: bool = False
+    """Compute features in bfloat16 where that is safe."""
+    device: Text = None
+    """cpu, cuda, ... Default: a GPU where there is one."""
+    cache: Folder = None
+    """Where features are kept, for other shots and seeds and for going on after a stop. Default: OUT/features."""
+    refresh: bool = False
+    """Compute all features anew."""
+    out: Path = Path("out/fewshot")
+    """Where results.json and fewshot.png go."""
 
 
 @dataclass(frozen=True)

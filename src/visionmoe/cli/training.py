@@ -10,12 +10,17 @@ from typing import Any
 from torch import nn
 
 from visionmoe.cli.evaluation import summary
+from visionmoe.cli.fewshot import fewshot_data
 from visionmoe.cli.options import Finetune, Train
-from visionmoe.cli.shared import model_folder, output_folder
+from visionmoe.cli.shared import data_of_run, model_folder, output_folder
+from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
 from visionmoe.evaluate.classify import ClassificationEvaluator
-from visionmoe.train.config import TrainConfig, assign, read_config, with_model
-from visionmoe.train.loop import Evaluator, TrainingDivergedError, run_training
+from visionmoe.evaluate.fewshot import FewShotEvaluator
+from visionmoe.model.vit import VisionTransformer
+from visionmoe.train.config import OptimizerConfig, TrainConfig, assign, read_config, with_model
+from visionmoe.train.finetuning import ROUTERS
+from visionmoe.train.loop import FEWSHOT, Evaluator, TrainingDivergedError, run_training
 from visionmoe.train.recipes import get_finetuning, get_recipe
 
 DEFAULT_RECIPE = "fashion_mnist"
@@ -35,7 +40,10 @@ def run(options: Train | Finetune) -> int:
 
 def train(config: TrainConfig, *, resume: bool) -> dict[str, Any]:
     """Trains as `config` says, evaluating on its evaluation split; see `visionmoe.train.loop.run_training`."""
-    return run_training(config, {"test": evaluator_of(config)}, resume=resume)
+    evaluators = {"test": evaluator_of(config)}
+    if config.fewshot.sources:
+        evaluators[FEWSHOT] = fewshot_evaluator_of(config)
+    return run_training(config, evaluators, resume=resume)
 
 
 def evaluator_of(config: TrainConfig) -> Evaluator:
@@ -45,6 +53,19 @@ def evaluator_of(config: TrainConfig) -> Evaluator:
 
     def evaluate(model: nn.Module, step: int) -> Mapping[str, Any]:
         return classify(model)
+
+    return evaluate
+
+
+def fewshot_evaluator_of(config: TrainConfig) -> Evaluator:
+    """The few-shot evaluator that a run's config describes, built once."""
+    few = config.fewshot
+    data = fewshot_data(few.sources, [few.train_split], [few.test_split], config.data)
+    evaluator = FewShotEvaluator(data, shots=few.shots, seeds=few.seeds, autocast=config.precision == "bfloat16")
+
+    def evaluate(model: nn.Module, step: int) -> Mapping[str, Any]:
+        assert isinstance(model, VisionTransformer)
+        return dict(evaluator.run(model))
 
     return evaluate
 
@@ -76,7 +97,38 @@ def finetune_config(options: Finetune) -> TrainConfig:
     config = get_finetuning(options.recipe, model_folder(options.path))
     if options.model_config is not None:
         config = dataclasses.replace(config, init_config=str(options.model_config))
+    config = dataclasses.replace(
+        config,
+        data=finetune_data(options, config.data),
+        new_head={"auto": None, "keep": False, "new": True}[options.head],
+        optimizer=finetune_optimizer(options, config.optimizer),
+    )
     return changed(config, options, options.out or Path("runs") / options.recipe)
+
+
+def finetune_data(options: Finetune, data: DataConfig) -> DataConfig:
+    """Images of a run that is fine-tuned: evaluated as there, and, unless --data names others, the same ones.
+
+    The reference's recipes say their images themselves. ValueError where nobody says any.
+    """
+    if options.recipe != "finetune":
+        return data
+    named = options.data is not None or any(text.startswith("data.source=") for text in options.assignments)
+    run = data_of_run(options.path, required=not named)
+    names = ["eval_batch_size", "max_pixels", *([] if named else ["source", "train_split", "eval_split"])]
+    if run.eval_resize is None or run.eval_resize >= (options.image_size or 0):
+        names.append("eval_resize")  # else larger images are resized to the model's size, without a crop
+    return dataclasses.replace(data, **{name: getattr(run, name) for name in names})
+
+
+def finetune_optimizer(options: Finetune, optimizer: OptimizerConfig) -> OptimizerConfig:
+    """With what --layer-decay, --freeze and --freeze-router change."""
+    frozen = (*options.freeze, *([ROUTERS] if options.freeze_router else []))
+    if frozen:
+        optimizer = dataclasses.replace(optimizer, frozen_pattern=frozen)
+    if options.layer_decay is not None:
+        optimizer = dataclasses.replace(optimizer, layer_decay=options.layer_decay)
+    return optimizer
 
 
 def stored_config(options: Train | Finetune) -> TrainConfig | None:
@@ -92,6 +144,8 @@ def changed(config: TrainConfig, options: Train | Finetune, out: Path) -> TrainC
     assignments = [f"{name}={value}" for name, value in lengths.items() if value is not None]
     if len(assignments) == 2:
         raise ValueError(f"give --steps or --epochs, one of them, got {options.steps} and {options.epochs}")
+    if isinstance(options, Finetune) and options.image_size is not None:
+        assignments.append(f"image_size={options.image_size}")
     data = config.data if options.data is None else dataclasses.replace(config.data, source=options.data)
     config = shorter_warmup(dataclasses.replace(config, data=data, out=str(out)), options.steps)
     return assign(config, [*assignments, *options.assignments])
@@ -100,7 +154,7 @@ def changed(config: TrainConfig, options: Train | Finetune, out: Path) -> TrainC
 def shorter_warmup(config: TrainConfig, steps: int | None) -> TrainConfig:
     """For a run of fewer steps than the recipe's warm-up: a warm-up of a tenth of them, and says so."""
     rate = config.optimizer.learning_rate
-    if steps is None or rate.warmup_steps is None or rate.warmup_steps < steps:
+    if not steps or rate.warmup_steps is None or rate.warmup_steps < steps:
         return config
     logging.getLogger(__name__).warning(
         "the recipe's warm-up of %d steps does not fit into %d steps: it becomes %d",

@@ -137,7 +137,11 @@ class EvalLoader(_Loader):
         return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for batch in self._run(range(self._count)):
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As iterating, but from batch number `start` on."""
+        for batch in self._run(range(start, self._count)):
             if len(batch.images):
                 yield batch.images, batch.labels, batch.indices
 

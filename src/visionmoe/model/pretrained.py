@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -48,10 +48,11 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """The contents of config.json."""
+    """The contents of config.json. class_names: of the head's outputs, None where they are not known."""
 
     model: ModelConfig
     preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] | None = None
     format: str = FORMAT
 
 
@@ -93,13 +94,17 @@ def write_pretrained(
     config: ModelConfig,
     state: Mapping[str, Tensor],
     preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Writes config.json and model.safetensors beside and renames them, config.json last.
 
-    preprocessing: by default the reference's for evaluation.
+    preprocessing: by default the reference's for evaluation. class_names: one per class, where they are known.
     """
     directory = Path(directory)
-    written = PretrainedConfig(config, preprocessing or Preprocessing.of(config))
+    if class_names is not None and len(class_names) != config.num_classes:
+        raise ValueError(f"class_names must be {config.num_classes} names, got {len(class_names)}")
+    names = None if class_names is None else tuple(class_names)
+    written = PretrainedConfig(config, preprocessing or Preprocessing.of(config), names)
     tensors = _unshared(state)
     with contextlib.ExitStack() as stack:  # leaves in reverse order: config.json is renamed last
         text = json.dumps(to_dict(written), indent=1) + "\n"

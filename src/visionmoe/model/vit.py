@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,9 +176,12 @@ class VisionTransformer(nn.Module):
             assert isinstance(sparse, MoE)
             sparse.setting = moe.routing(layer)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes config.json and model.safetensors, from which `visionmoe.load` makes this model again."""
-        write_pretrained(directory, self.config, self.state_dict())
+    def save_pretrained(self, directory: str | os.PathLike, class_names: Sequence[str] | None = None) -> None:
+        """Writes config.json and model.safetensors, from which `visionmoe.load` makes this model again.
+
+        class_names: kept in config.json, so that fine-tuning knows whether the head is for its classes.
+        """
+        write_pretrained(directory, self.config, self.state_dict(), class_names=class_names)
 
 
 def create_model(config: ModelConfig | str, **overrides: Any) -> VisionTransformer:

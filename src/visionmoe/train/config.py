@@ -45,6 +45,9 @@ class OptimizerConfig:
 
     weight_decay, learning_rate_factors, gradient_scale: [pattern, number] pairs; patterns are searched in our
     parameters' names. options: the optimizer's own, as {"b2": 0.99}.
+    layer_decay: factor by which the rate falls from each block to the one before it, None: it does not. It becomes
+    learning_rate_factors (`finetuning.layer_decay_factors`); those given here come first and replace its.
+    frozen_pattern, trainable_pattern: which parameters (not) to train. A run computes no gradients of frozen ones.
     """
 
     name: Literal["adam", "adamw", "sgd", "big_vision_adafactor", "adafactor"] = "adam"
@@ -52,14 +55,19 @@ class OptimizerConfig:
     weight_decay: float | Factors = 0.0
     gradient_clip: ClipConfig = field(default_factory=ClipConfig)
     learning_rate_factors: Factors = ()
+    layer_decay: float | None = None
     gradient_scale: Factors = ()
     frozen_pattern: str | tuple[str, ...] | None = None
     trainable_pattern: str | tuple[str, ...] | None = None
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be > 0 and <= 1, got {self.layer_decay}")
+
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `create_optimizer`."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """The arguments of `create_optimizer`, but for layer_decay, which needs the model's number of blocks."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "layer_decay"}
         options = own.pop("options")
         for name in ("learning_rate", "gradient_clip"):
             own[name] = {k: v for k, v in to_dict(own[name]).items() if v is not None}
@@ -70,13 +78,35 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class FewShotConfig:
+    """Few-shot accuracy of the features while a run trains; see `visionmoe.evaluate.fewshot`.
+
+    sources: data sets, none: no few-shot evaluation. Their images are prepared as the run's for evaluation.
+    every: in steps; None: only at the end.
+    """
+
+    sources: tuple[str, ...] = ()
+    train_split: str = "train"
+    test_split: str = "test"
+    shots: tuple[int, ...] = (5, 10)
+    seeds: tuple[int, ...] = (0,)
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"fewshot.every must be >= 1, got {self.every}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run, from scratch (`model`) or from trained weights (`init_from`).
 
     recipe: where the config comes from. out: folder of the run.
-    init_from: what `visionmoe.load` reads; init_config: config.json of a released PREFIX. The head has as many classes
-        as the data, and starts from zeros when their number or new_head says so; image_size and in_channels are the
-        data's. model_options: other options of ModelConfig and MoEConfig to change, as {"capacity_factor": 1.5}.
+    init_from: what `visionmoe.load` reads; init_config: config.json of a released PREFIX. image_size, in_channels and
+        the number of classes are the data's. model_options: other options of ModelConfig and MoEConfig to change, as
+        {"capacity_factor": 1.5}.
+    new_head: True: the head starts from zeros; False: it must be kept; None: it is kept where the checkpoint has the
+        same classes as the data (`finetuning.decide_head`).
     loss: "softmax" or "sigmoid" cross-entropy; an ensemble's members are trained each on its own.
     steps or epochs: the length. accumulation: a batch is run in so many parts; routing groups lie within a part.
     precision: "bfloat16" runs the model under autocast. ema_decay: averages the parameters over steps; evaluation and
@@ -91,7 +121,7 @@ class TrainConfig:
     model: ModelConfig | None = None
     init_from: str | None = None
     init_config: str | None = None
-    new_head: bool = False
+    new_head: bool | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -107,6 +137,7 @@ class TrainConfig:
     eval_every: int | None = None
     checkpoint_every: int | None = 1000
     keep_last: int = 2
+    fewshot: FewShotConfig = field(default_factory=FewShotConfig)
     log_every: int = 50
     tensorboard: bool = True
     compile: bool = False

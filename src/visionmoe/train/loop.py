@@ -10,7 +10,7 @@ the CPU with as many threads as before; on a GPU some of torch's sums depend on 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from visionmoe.train.step import StepResult, train_step
 
 Evaluator = Callable[[nn.Module, int], Mapping[str, Any]]
 """(model, step) -> names and numbers, at least the "top1" by which the best step is noted, where it has one."""
+
+FEWSHOT = "fewshot"
+"""Name of the evaluator that is due by config.fewshot.every; all others are by config.eval_every."""
 
 
 class TrainingDivergedError(ValueError):
@@ -160,8 +163,9 @@ class Trainer:
             self._log_train()
         if config.checkpoint_every and step % config.checkpoint_every == 0 and step < self.total:
             self._save()  # first, so that nothing is lost when the evaluation fails or is killed
-        if config.eval_every and step % config.eval_every == 0 and step < self.total and not self.stop:
-            self._evaluate()
+        if step < self.total and not self.stop:
+            every = {name: config.eval_every for name in self.evaluators} | {FEWSHOT: config.fewshot.every}
+            self._evaluate([name for name in self.evaluators if (n := every[name]) and step % n == 0])
 
     def _end(self) -> None:
         if self.stop:
@@ -170,8 +174,8 @@ class Trainer:
             return
         self._save()
         with self.parts.averaged():
-            self.parts.model.save_pretrained(Path(self.config.out) / "model")
-        self._evaluate()
+            self.parts.model.save_pretrained(Path(self.config.out) / "model", self.parts.source.class_names)
+        self._evaluate(self.evaluators)
         self.finished = True
 
     def _log_train(self) -> None:
@@ -194,10 +198,12 @@ class Trainer:
         self.last_train = record
         self._interval_start, self._interval_seconds = self.progress.step, 0.0
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, names: Collection[str]) -> None:
+        if not names:
+            return
         with self.parts.averaged():
-            for name, evaluator in self.evaluators.items():
-                metrics = dict(evaluator(self.parts.model, self.progress.step))
+            for name in names:
+                metrics = dict(self.evaluators[name](self.parts.model, self.progress.step))
                 self._note_best(name, metrics)
                 self.last_eval[name] = metrics
                 self.line.show(self.log.write("eval", self.progress.step, name=name, metrics=metrics))

@@ -182,7 +182,8 @@ def _frozen(frozen: Patterns | None, trainable: Patterns | None, names: list[str
         return lambda name: False
     what = "frozen_pattern" if frozen else "trainable_pattern"
     patterns = [_compile(what, p) for p in ([given] if isinstance(given, str) else given)]
-    _must_match(what, patterns, names)
+    for pattern in patterns:  # each of them: a parameter that is not frozen although it was asked for is not noticed
+        _must_match(what, [pattern], names)
     is_frozen = bool(frozen)
     return lambda name: any(p.search(name) for p in patterns) == is_frozen
 

@@ -146,7 +146,8 @@ def finetune(init_from: str) -> TrainConfig:
     """Fine-tuning on any images, with the reference's optimizer at a size for one machine.
 
     `visionmoe finetune PATH --data folder:PATH`. Images have the checkpoint's own size where PATH is a folder that says
-    it, else 224 px. SGD with momentum, clip 10, cosine; 2,000 steps of 64 images.
+    it, else 224 px. SGD with momentum, clip 10, cosine; 2,000 steps of 64 images. As in all recipes of fine-tuning, the
+    head is kept where the checkpoint has the same classes as the images, else it starts from zeros.
     """
     image_size, in_channels = _stored_size(init_from)
     data = DataConfig(image_size=image_size, in_channels=in_channels, batch_size=64, crop="inception")
@@ -158,7 +159,8 @@ def finetune_imagenet(init_from: str) -> TrainConfig:
     """Fine-tuning on ImageNet-1k at 384 px, arXiv 2106.05974 (appendix B.5) and google-research/vmoe.
 
     `visionmoe finetune vmoe_b16_imagenet21k_randaug_strong --recipe finetune_imagenet --data folder:PATH`.
-    10,000 steps of 1024 images, capacity factor 1.5. Published: B/16 85.6 %, S/32 75.9 % top-1.
+    10,000 steps of 1024 images, capacity factor 1.5. Published: B/16 85.6 %, S/32 75.9 % top-1. The latter began with a
+    new head although it was pretrained on the same classes, with another loss: --head new.
     """
     data = DataConfig(
         source="folder:data/imagenet", eval_split="val", image_size=384, in_channels=3, batch_size=1024, workers=16,
@@ -256,7 +258,6 @@ def _finetuning(name: str, init_from: str, data: DataConfig, steps: int, warmup_
         recipe=name,
         out=f"runs/{name}",
         init_from=init_from,
-        new_head=True,
         model_options={"capacity_factor": 1.5},
         data=data,
         loss="softmax",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from visionmoe.checkpoint.load import load
+from visionmoe.checkpoint.sources import open_source as open_checkpoint
 from visionmoe.checkpoint.store import RunState, latest_good, list_checkpoints, load_run_state
 from visionmoe.config import ModelConfig, from_dict, to_dict
 from visionmoe.data.sources import Source, open_source
@@ -19,6 +20,7 @@ from visionmoe.files import write_json
 from visionmoe.model.vit import ModelOutput, VisionTransformer
 from visionmoe.train.config import TrainConfig, read_config
 from visionmoe.train.ema import Ema
+from visionmoe.train.finetuning import decide_head, freeze, layer_decay_factors
 from visionmoe.train.losses import create_loss
 from visionmoe.train.optim import ScheduledOptimizer, create_optimizer
 from visionmoe.train.state import Progress, choose_device, restore_training
@@ -28,7 +30,9 @@ _INITIALISATION = 2**32 - 1  # in the place of a step's number: the seed of the 
 
 # What may change between the lives of a run: it does not touch the parameters.
 _FREE = ("out", "recipe", "eval_every", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device",
-         "data.workers", "data.eval_batch_size", "data.eval_split", "data.eval_resize", "data.cache_mb")  # fmt: skip
+         "data.workers", "data.eval_batch_size", "data.eval_split", "data.eval_resize", "data.cache_mb",
+         "fewshot.sources", "fewshot.train_split", "fewshot.test_split", "fewshot.shots", "fewshot.seeds",
+         "fewshot.every")  # fmt: skip
 
 
 @dataclass
@@ -62,12 +66,9 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
     _check_folder(config, resume)
     path = latest_good(config.out) if resume else None
     saved = None if path is None else load_run_state(path)
-    model = _model(config, len(source.class_names), saved).to(device)
+    model = _model(config, source.class_names, saved, notes).to(device)
     assert config.steps is not None
-    arguments = config.optimizer.arguments()
-    if config.steps == 0:  # nothing to schedule: an evaluation of the start
-        arguments["learning_rate"] = 0.0
-    optimizer = create_optimizer(model.named_parameters(), total_steps=config.steps, **arguments)
+    optimizer = _optimizer(config, model, config.steps)
     ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
     progress = Progress() if saved is None else restore_training(saved, str(path), model, optimizer, ema)
     if saved is not None:
@@ -107,20 +108,49 @@ def resolve(config: TrainConfig, source: Source) -> tuple[TrainConfig, list[str]
     return config, notes
 
 
-def _model(config: TrainConfig, num_classes: int, saved: RunState | None) -> VisionTransformer:
-    """The model with its first parameters; with `saved`, of the saved config (its parameters come later)."""
+def _optimizer(config: TrainConfig, model: VisionTransformer, steps: int) -> ScheduledOptimizer:
+    """The optimizer over all parameters; those that it leaves as they are get no gradients."""
+    arguments = config.optimizer.arguments()
+    if config.optimizer.layer_decay is not None:
+        factors = layer_decay_factors(config.optimizer.layer_decay, model.config.num_layers)
+        arguments["learning_rate_factors"] = (*config.optimizer.learning_rate_factors, *factors)
+    if steps == 0:  # nothing to schedule: an evaluation of the start
+        arguments["learning_rate"] = 0.0
+    optimizer = create_optimizer(model.named_parameters(), total_steps=steps, **arguments)
+    freeze(optimizer)
+    return optimizer
+
+
+def _model(
+    config: TrainConfig, class_names: tuple[str, ...], saved: RunState | None, notes: list[str]
+) -> VisionTransformer:
+    """The model with its first parameters; with `saved`, of the saved config (its parameters come later).
+
+    Adds to `notes` what was decided about a fine-tuned model's head.
+    """
     if saved is not None:
         return VisionTransformer(from_dict(ModelConfig, saved.state["model"]))
     seed_everything(config.seed, _INITIALISATION)
     if config.model is not None:
         return VisionTransformer(config.model)
     assert config.init_from is not None
-    fixed = {"image_size": config.data.image_size, "num_classes": num_classes, "in_channels": config.data.in_channels}
+    fixed = {
+        "image_size": config.data.image_size,
+        "num_classes": len(class_names),
+        "in_channels": config.data.in_channels,
+    }
     for name in fixed:
         if name in config.model_options:
             raise ValueError(f"model_options cannot hold {name!r}: it follows from the data")
     options: dict[str, Any] = {**config.model_options, **fixed}
-    return load(config.init_from, config.init_config, new_head=config.new_head, **options)
+    stored = open_checkpoint(config.init_from, config.init_config)
+    head = decide_head(
+        config.new_head, stored.config, stored.config.replace(**options), stored.class_names, class_names
+    )
+    notes.append(head.reason)
+    if head.new and config.steps == 0:
+        notes.append("0 steps: a head that was not trained classifies no better than chance")
+    return load(config.init_from, config.init_config, new_head=head.new, **options)
 
 
 def _check_folder(config: TrainConfig, resume: bool) -> None:

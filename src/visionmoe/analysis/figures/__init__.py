@@ -6,6 +6,7 @@ Every function takes plain numbers, writes one file (beside, then renamed) and l
 from visionmoe.analysis.figures.animation import kept_patches_animation
 from visionmoe.analysis.figures.compute import accuracy_against_compute
 from visionmoe.analysis.figures.experts import experts_by_class, experts_by_position
+from visionmoe.analysis.figures.fewshot import accuracy_over_shots
 from visionmoe.analysis.figures.gallery import gallery, outlined
 from visionmoe.analysis.figures.patches import kept_patches, mosaic, shaded
 from visionmoe.analysis.figures.routers import (
@@ -21,6 +22,7 @@ from visionmoe.analysis.figures.training import learning_curves
 
 __all__ = [
     "accuracy_against_compute",
+    "accuracy_over_shots",
     "combine_weights",
     "entropies",
     "expert_load",

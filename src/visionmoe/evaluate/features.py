@@ -1,0 +1,248 @@
+"""Frozen features of a data set, what the model returns before its head, and their cache on disk.
+
+    FOLDER/KEY.safetensors             x (N, D), labels (N,), and which images were broken
+    FOLDER/KEY.part-0003.safetensors   pieces of an extraction that was interrupted; it goes on behind them
+
+KEY is a hash of all that features follow from: the parameters, the model's config with its routing setting, the source
+with its names, labels and some of its pixels, the split, the preprocessing, the batch size (images of a batch can
+compete for places), the precision, and the version of this package. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from visionmoe import __version__
+from visionmoe.config import to_dict
+from visionmoe.data.decode import BrokenImageError
+from visionmoe.data.loader import EvalLoader
+from visionmoe.data.sources import Source
+from visionmoe.evaluate.classify import Loader, autocast_context, evaluation_mode, prepare
+from visionmoe.files import atomic_write
+from visionmoe.model.vit import VisionTransformer
+
+FORMAT = 1
+SAMPLED_IMAGES = 16  # of a source, whose pixels count for the key
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Features:
+    """x (N, D) float32 and labels (N,) int64, on the CPU; broken: images left out and why; seconds that it took."""
+
+    x: Tensor
+    labels: Tensor
+    broken: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    cached: bool = False
+
+
+def features_of(model: VisionTransformer, images: Tensor, *, autocast: bool = False) -> Tensor:
+    """What the model returns before its head, for images (B, C, H, W): (B, M*D) float32 on the CPU.
+
+    The M members of an ensemble stand side by side. A last, incomplete routing group is filled and cut off again.
+    """
+    filled = prepare(model, images)
+    with autocast_context(model, autocast):
+        rows = model.forward_head(model.forward_features(filled), pre_logits=True)
+    return rows.float().reshape(len(filled), -1)[: len(images)].cpu()  # (B*M, D) -> (B, M*D)
+
+
+def extract(
+    model: VisionTransformer,
+    loader: Loader,
+    *,
+    autocast: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> Features:
+    """The features of all images of a loader, in its order. ValueError where there are none."""
+    started, rows, labels = time.perf_counter(), [], []
+    with evaluation_mode(model):
+        for images, batch_labels, _ in loader:
+            rows.append(features_of(model, images, autocast=autocast))
+            labels.append(batch_labels)
+            if on_batch is not None:
+                on_batch(len(images))
+    if not rows:
+        raise ValueError("the data has no images")
+    broken = dict(getattr(loader, "broken", {}))
+    return Features(torch.cat(rows), torch.cat(labels), broken, time.perf_counter() - started)
+
+
+class FeatureCache:
+    """Features that were extracted once are read from `folder`; others are extracted and written there.
+
+    refresh: extract anew whatever is there. save_seconds: so often the work of a long extraction is put aside.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, refresh: bool = False, save_seconds: float = 15.0) -> None:
+        self.folder = Path(folder)
+        self.refresh = refresh
+        self.save_seconds = save_seconds
+
+    def features(
+        self,
+        model: VisionTransformer,
+        loader: EvalLoader,
+        *,
+        autocast: bool = False,
+        model_key: str | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Features:
+        """As `extract`. model_key: `model_fingerprint(model)`, where the caller has it already."""
+        started = time.perf_counter()
+        key = features_key(model_key or model_fingerprint(model), loader, autocast=autocast)
+        path = self.folder / f"{key}.safetensors"
+        found = None if self.refresh else _read(path)
+        if found is not None:
+            if on_batch is not None:
+                on_batch(len(found[0].x))
+            return Features(found[0].x, found[0].labels, found[0].broken, time.perf_counter() - started, cached=True)
+        pieces = _Pieces(self.folder, key, keep=not self.refresh)
+        if on_batch is not None and pieces.next_batch:
+            on_batch(pieces.num_images)
+        with evaluation_mode(model):
+            self._fill(pieces, model, loader, autocast, on_batch)
+        made = pieces.joined()
+        _write(path, made, next_batch=len(loader))
+        pieces.remove()
+        return Features(made.x, made.labels, made.broken, time.perf_counter() - started)
+
+    def _fill(
+        self,
+        pieces: "_Pieces",
+        model: nn.Module,
+        loader: EvalLoader,
+        autocast: bool,
+        on_batch: Callable[[int], None] | None,
+    ) -> None:
+        assert isinstance(model, VisionTransformer)
+        saved = time.perf_counter()
+        for images, labels, indices in loader.batches(pieces.next_batch):
+            pieces.add(features_of(model, images, autocast=autocast), labels, loader.broken)
+            pieces.next_batch = int(indices[-1]) // loader.config.eval_batch_size + 1
+            if on_batch is not None:
+                on_batch(len(images))
+            if time.perf_counter() - saved >= self.save_seconds:
+                pieces.save()
+                saved = time.perf_counter()
+
+
+class _Pieces:
+    """An extraction on its way: pieces on disk, then what is not saved yet. next_batch: the first one missing."""
+
+    def __init__(self, folder: Path, key: str, *, keep: bool) -> None:
+        self.folder, self.key = folder, key
+        self.next_batch = 0
+        self.parts: list[Features] = []
+        self.broken: dict[str, str] = {}
+        self._unsaved: list[tuple[Tensor, Tensor]] = []
+        while keep and (found := _read(self._path(len(self.parts)))) is not None:
+            self.parts.append(found[0])
+            self.next_batch = found[1]
+            self.broken |= found[0].broken
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(part.x) for part in self.parts)
+
+    def add(self, x: Tensor, labels: Tensor, broken: Mapping[str, str]) -> None:
+        self._unsaved.append((x, labels))
+        self.broken |= broken
+
+    def save(self) -> None:
+        part = self._rest()
+        _write(self._path(len(self.parts)), part, self.next_batch)
+        self.parts.append(part)
+
+    def joined(self) -> Features:
+        parts = [*self.parts, self._rest()] if self._unsaved else self.parts
+        if not parts:
+            raise ValueError("the data has no images")
+        x, labels = torch.cat([part.x for part in parts]), torch.cat([part.labels for part in parts])
+        return Features(x, labels, self.broken)
+
+    def remove(self) -> None:
+        for path in self.folder.glob(f"{self.key}.part-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _rest(self) -> Features:
+        rows, labels = zip(*self._unsaved, strict=True)
+        self._unsaved = []
+        return Features(torch.cat(rows), torch.cat(labels), dict(self.broken))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.key}.part-{number:04d}.safetensors"
+
+
+def features_key(model_key: str, loader: EvalLoader, *, autocast: bool = False) -> str:
+    """The name under which the features of a loader's images are kept; see the top of this file."""
+    config = loader.config
+    described = {
+        "format": FORMAT,
+        "version": __version__,
+        "model": model_key,
+        "source": config.source,
+        "split": config.eval_split,
+        "content": source_fingerprint(loader.source),
+        "pixels": [config.image_hw, config.in_channels, config.eval_resize, config.max_pixels],
+        "batch_size": config.eval_batch_size,
+        "bfloat16": autocast,
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def model_fingerprint(model: VisionTransformer) -> str:
+    """SHA-256 of all parameters and of the config, the routing setting included."""
+    digest = hashlib.sha256(json.dumps(to_dict(model.config), sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def source_fingerprint(source: Source) -> str:
+    """SHA-256 of labels, class names, image names, and of the pixels of a few images over the whole source."""
+    digest = hashlib.sha256(np.ascontiguousarray(source.labels).data)
+    digest.update(json.dumps([*source.class_names]).encode())
+    for index in range(len(source)):
+        digest.update(source.name(index).encode(errors="surrogateescape"))
+    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED_IMAGES).astype(int)):
+        try:
+            pixels = source.decode(int(index))
+            digest.update(f"{pixels.shape}".encode())
+            digest.update(np.ascontiguousarray(pixels).data)
+        except BrokenImageError as error:
+            digest.update(str(error).encode())
+    return digest.hexdigest()
+
+
+def _write(path: Path, features: Features, next_batch: int) -> None:
+    notes = {"broken": json.dumps(dict(features.broken)), "next_batch": str(next_batch)}
+    with atomic_write(path) as temporary:
+        save_file({"x": features.x.contiguous(), "labels": features.labels.contiguous()}, temporary, metadata=notes)
+
+
+def _read(path: Path) -> tuple[Features, int] | None:
+    """The features in a file and the number of the batch that follows; None where there is none or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as stored:
+            notes = stored.metadata() or {}
+            features = Features(stored.get_tensor("x"), stored.get_tensor("labels"), json.loads(notes["broken"]))
+            return features, int(notes["next_batch"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        _log.warning("%s is damaged and made anew: %s", path, error)
+        return None
