@@ -15,6 +15,10 @@ from typing import Any, Literal, Self, TypeVar
 
 T = TypeVar("T")
 
+Activation = Literal["gelu_tanh", "gelu"]
+# activation -> the `approximate` of torch's GELU
+GELU_APPROXIMATION: dict[str, str] = {"gelu_tanh": "tanh", "gelu": "none"}
+
 
 @dataclass(frozen=True)
 class RoutingSetting:
@@ -36,6 +40,8 @@ class MoEConfig:
     noise_std: router noise in training, divided by the number of experts (not so in Soft MoE); None: 1, Soft MoE 0.
     num_slots: Soft MoE's slots per expert; None derives them from capacity_factor and one image's tokens.
     split_rngs: False starts all experts of a layer from the same weights, as the reference does.
+    normalize_combine_weights: the weights of each token's kept experts are divided by their sum (sparse upcycling,
+    arXiv 2212.05055, section 3); with K=1 the router then learns from the auxiliary losses alone. Not for "soft".
     layer_routing: settings of single layers (block index -> setting) that replace the common ones.
     """
 
@@ -56,6 +62,7 @@ class MoEConfig:
     ensemble_size: int = 1
     num_slots: int | None = None
     split_rngs: bool = False
+    normalize_combine_weights: bool = False
     layer_routing: dict[int, RoutingSetting] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,6 +83,8 @@ class MoEConfig:
             raise ValueError(
                 f"num_experts must be a multiple of ensemble_size, got {self.num_experts} and {self.ensemble_size}"
             )
+        if self.normalize_combine_weights and self.router == "soft":
+            raise ValueError("normalize_combine_weights needs router 'top_k' or 'expert_choice', got 'soft'")
         if self.ensemble_size > 1 and self.router != "top_k":
             raise ValueError(f"ensemble_size > 1 needs router 'top_k', got {self.router!r}")
         for layer in (None, *self.layer_routing):
@@ -110,7 +119,8 @@ class ModelConfig:
 
     num_classes None: the model returns features. pooling: "token" (class token), "gap" (mean over tokens) or
     "map" (attention pooling). representation_size: width of the tanh layer before the head, None: no such layer.
-    image_size and patch_size are one number or (height, width), in pixels.
+    image_size and patch_size are one number or (height, width), in pixels. activation: GELU in its tanh form, as the
+    reference has it, or exact ("gelu"), as timm and Hugging Face have it. layer_norm_eps: of every LayerNorm.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -128,12 +138,17 @@ class ModelConfig:
     attention_qk_norm: bool = False
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    activation: Activation = "gelu_tanh"
+    layer_norm_eps: float = 1e-6
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "in_channels", "hidden_size", "num_layers", "mlp_dim", "num_heads")
         _one_of(self, "pos_embed", ("learned", "sincos2d", "none"))
         _one_of(self, "pooling", ("token", "gap", "map"))
+        _one_of(self, "activation", tuple(GELU_APPROXIMATION))
+        if not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"layer_norm_eps must be > 0 and < 1, got {self.layer_norm_eps}")
         _rate(self, "dropout_rate", "attention_dropout_rate")
         for name in ("num_classes", "representation_size"):
             if getattr(self, name) is not None:
@@ -160,6 +175,11 @@ class ModelConfig:
     @property
     def patch_hw(self) -> tuple[int, int]:
         return _pair(self.patch_size)
+
+    @property
+    def gelu_approximate(self) -> str:
+        """The activation as torch's GELU names it: "tanh" or "none"."""
+        return GELU_APPROXIMATION[self.activation]
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "sweep": (options.Sweep, "visionmoe.cli.evaluation"),
     "convert": (options.Convert, "visionmoe.cli.convert"),
     "info": (options.Info, "visionmoe.cli.info"),
+    "upcycle": (options.Upcycle, "visionmoe.cli.upcycle"),
 }
 # top-level module -> the extra that installs it
 EXTRAS = {

@@ -22,7 +22,7 @@ def run_segments(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
     segments = Segments(flat_tokens(routing)[request], counts)
     weights = routing.combine_weights.reshape(-1)[request]
     parameters = (experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias)
-    return SegmentExperts.apply(tokens, weights, segments, torch.is_grad_enabled(), *parameters)
+    return SegmentExperts.apply(tokens, weights, segments, experts.approximate, torch.is_grad_enabled(), *parameters)
 
 
 def run_buffers(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:

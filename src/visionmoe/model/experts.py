@@ -25,10 +25,22 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E two-layer MLPs with tanh GELU (arXiv 2106.05974, section 2.2). `visionmoe.model.dispatch` runs them."""
+    """E two-layer MLPs with GELU (arXiv 2106.05974, section 2.2). `visionmoe.model.dispatch` runs them.
 
-    def __init__(self, num_experts: int, hidden_size: int, mlp_dim: int, dropout_rate: float = 0.0) -> None:
+    approximate: "tanh" or "none", the forms of GELU as torch names them.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        mlp_dim: int,
+        dropout_rate: float = 0.0,
+        *,
+        approximate: str = "tanh",
+    ) -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = ExpertLinear(num_experts, hidden_size, mlp_dim)
         self.fc2 = ExpertLinear(num_experts, mlp_dim, hidden_size)
         self.dropout = nn.Dropout(dropout_rate)
@@ -40,5 +52,5 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Every expert on its own N rows. (E, N, D) -> (E, N, D)."""
         hidden = torch.matmul(rows, self.fc1.weight.transpose(1, 2)) + self.fc1.bias[:, None]
-        hidden = self.dropout(F.gelu(hidden, approximate="tanh"))
+        hidden = self.dropout(F.gelu(hidden, approximate=self.approximate))
         return self.dropout(torch.matmul(hidden, self.fc2.weight.transpose(1, 2)) + self.fc2.bias[:, None])

@@ -37,10 +37,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with tanh GELU between them."""
+    """Two dense layers with GELU between them; approximate: "tanh" or "none", as torch names its forms."""
 
-    def __init__(self, hidden_size: int, mlp_dim: int, dropout_rate: float = 0.0) -> None:
+    def __init__(self, hidden_size: int, mlp_dim: int, dropout_rate: float = 0.0, *, approximate: str = "tanh") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(hidden_size, mlp_dim)
         self.fc2 = nn.Linear(mlp_dim, hidden_size)
         self.dropout = nn.Dropout(dropout_rate)
@@ -51,7 +52,7 @@ class Mlp(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x), approximate="tanh"))))
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x), approximate=self.approximate))))
 
 
 class AttentionPool(nn.Module):
@@ -66,8 +67,8 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.q_norm, self.k_norm = qk_norms(config)
         self.proj = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, config.mlp_dim)
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = Mlp(dim, config.mlp_dim, approximate=config.gelu_approximate)
 
     def reset_parameters(self) -> None:
         for weight in (self.latent[0], self.q.weight, *self.kv.weight.chunk(2), self.proj.weight):
@@ -90,18 +91,18 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        dim, mlp_dim, moe = config.hidden_size, config.mlp_dim, config.moe
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        dim, mlp_dim, moe, gelu = config.hidden_size, config.mlp_dim, config.moe, config.gelu_approximate
+        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.attn = Attention(config)
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.mlp: Mlp | MoE | SoftMoE
         if layer not in moe.layers:
-            self.mlp = Mlp(dim, mlp_dim, config.dropout_rate)
+            self.mlp = Mlp(dim, mlp_dim, config.dropout_rate, approximate=gelu)
         elif moe.router == "soft":
-            self.mlp = SoftMoE(moe, config.num_tokens, dim, mlp_dim)
+            self.mlp = SoftMoE(moe, config.num_tokens, dim, mlp_dim, approximate=gelu)
         else:
-            self.mlp = MoE(moe, layer, dim, mlp_dim)
+            self.mlp = MoE(moe, layer, dim, mlp_dim, approximate=gelu)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """(B, T, D) -> tokens, auxiliary loss () of a sparse layer or None, metrics."""
@@ -116,5 +117,5 @@ def qk_norms(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     """LayerNorm without bias over the head dimension for queries and keys, or nothing."""
     if not config.attention_qk_norm:
         return nn.Identity(), nn.Identity()
-    size = config.hidden_size // config.num_heads
-    return nn.LayerNorm(size, eps=1e-6, bias=False), nn.LayerNorm(size, eps=1e-6, bias=False)
+    size, eps = config.hidden_size // config.num_heads, config.layer_norm_eps
+    return nn.LayerNorm(size, eps=eps, bias=False), nn.LayerNorm(size, eps=eps, bias=False)

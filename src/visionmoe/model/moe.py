@@ -28,13 +28,17 @@ class MoE(nn.Module):
     experts drop out.
     """
 
-    def __init__(self, config: MoEConfig, layer: int, hidden_size: int, mlp_dim: int) -> None:
+    def __init__(
+        self, config: MoEConfig, layer: int, hidden_size: int, mlp_dim: int, *, approximate: str = "tanh"
+    ) -> None:
         super().__init__()
         self.config = config
         self.setting: RoutingSetting = config.routing(layer)
         self.dispatch: Literal["auto", "segments", "buffers"] = "auto"
         self.router = Router(config, hidden_size)
-        self.experts = Experts(config.num_experts, hidden_size, mlp_dim, config.expert_dropout_rate)
+        self.experts = Experts(
+            config.num_experts, hidden_size, mlp_dim, config.expert_dropout_rate, approximate=approximate
+        )
 
     def reset_parameters(self) -> None:
         self.router.reset_parameters()
@@ -60,11 +64,15 @@ class MoE(nn.Module):
 class SoftMoE(nn.Module):
     """A Soft MoE layer (arXiv 2308.00951): the slots of all experts are dense mixtures of a group's tokens."""
 
-    def __init__(self, config: MoEConfig, num_tokens: int, hidden_size: int, mlp_dim: int) -> None:
+    def __init__(
+        self, config: MoEConfig, num_tokens: int, hidden_size: int, mlp_dim: int, *, approximate: str = "tanh"
+    ) -> None:
         super().__init__()
         self.config = config
         self.router = SoftRouter(config, hidden_size, num_tokens)
-        self.experts = Experts(config.num_experts, hidden_size, mlp_dim, config.expert_dropout_rate)
+        self.experts = Experts(
+            config.num_experts, hidden_size, mlp_dim, config.expert_dropout_rate, approximate=approximate
+        )
 
     def reset_parameters(self) -> None:
         self.router.reset_parameters()

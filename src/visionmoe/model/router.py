@@ -85,11 +85,13 @@ class Router(nn.Module):
             multiple_of=config.capacity_multiple_of,
         )
         if expert_choice:
-            return routing.expert_choice_routing(probs.squeeze(1), capacity)
-        single = routing.top_k_routing(
-            probs.flatten(0, 1), setting.num_selected_experts, capacity, setting.batch_priority
-        )
-        return single if members == 1 else _merge_members(single, members)
+            result = routing.expert_choice_routing(probs.squeeze(1), capacity)
+        else:
+            result = routing.top_k_routing(
+                probs.flatten(0, 1), setting.num_selected_experts, capacity, setting.batch_priority
+            )
+            result = result if members == 1 else _merge_members(result, members)
+        return routing.normalize_combine_weights(result) if config.normalize_combine_weights else result
 
 
 def _merge_members(single: Routing, members: int) -> Routing:

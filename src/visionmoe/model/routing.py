@@ -6,6 +6,7 @@ C capacity, K selected experts; R requests per group (S*K, or E*C for expert cho
 Nothing here is larger than (G, S, E) or (G, R): dense (G, S, E, C) tensors exist only in `Routing.to_dense`.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -155,6 +156,18 @@ def expert_choice_routing(probs: Tensor, capacity: int) -> Routing:
         num_experts=experts,
         capacity=capacity,
     )
+
+
+def normalize_combine_weights(routing: Routing) -> Routing:
+    """The same requests, with the weights of each token's kept ones divided by their sum; those of dropped ones are 0.
+
+    So equal experts give what one of them gives, whichever a token gets and as long as it gets one (sparse upcycling,
+    arXiv 2212.05055, section 3).
+    """
+    kept = torch.where(routing.kept, routing.combine_weights, 0.0)
+    total = kept.new_zeros(kept.shape[0], routing.num_tokens).scatter_add(1, routing.token_index, kept)
+    share = kept / total.gather(1, routing.token_index).clamp_min(torch.finfo(kept.dtype).tiny)
+    return dataclasses.replace(routing, combine_weights=share)
 
 
 def _top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,19 @@ class SegmentExperts(torch.autograd.Function):
     """sum over kept requests of weight * MLP_expert(token): (tokens (N, D), weights (R,), ...) -> (N, D).
 
     weights are those of the kept requests in the order of `segments`. Computed in the dtype of `tokens`.
+    approximate: the form of GELU, "tanh" or "none".
     keep: whether a backward pass may follow; what it needs is saved only then.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weights: Tensor, segments: Segments, keep: bool, *parameters: Tensor
+        ctx: Any,
+        tokens: Tensor,
+        weights: Tensor,
+        segments: Segments,
+        approximate: str,
+        keep: bool,
+        *parameters: Tensor,
     ) -> Tensor:
         out = torch.zeros_like(tokens)
         saved: list[Tensor] = []
@@ -44,13 +51,13 @@ class SegmentExperts(torch.autograd.Function):
             weight1, bias1, weight2, bias2 = _of_expert(parameters, expert, tokens.dtype)
             rows = tokens.index_select(0, token)
             before = F.linear(rows, weight1, bias1)
-            hidden = F.gelu(before, approximate="tanh")
+            hidden = F.gelu(before, approximate=approximate)
             result = F.linear(hidden, weight2, bias2)
             out.index_add_(0, token, result * weights[requests, None].to(result.dtype))
             if keep:
                 saved += [before, hidden, result]
         if keep:
-            ctx.segments = segments
+            ctx.segments, ctx.approximate = segments, approximate
             ctx.save_for_backward(tokens, weights, *parameters, *saved)
         return out
 
@@ -59,7 +66,7 @@ class SegmentExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weights, *rest = ctx.saved_tensors
         parameters, saved = rest[:4], rest[4:]
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         grads = [torch.zeros_like(p) if w else None for p, w in zip(parameters, wanted, strict=True)]
         grad_tokens, grad_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
         for i, (expert, requests, token) in enumerate(ctx.segments.runs()):
@@ -68,12 +75,12 @@ class SegmentExperts(torch.autograd.Function):
             grad_out = grad.index_select(0, token)
             grad_weights[requests] = (grad_out * result).sum(dim=1, dtype=weights.dtype)
             grad_out *= weights[requests, None].to(grad_out.dtype)
-            grad_before = torch.ops.aten.gelu_backward(grad_out @ weight2, before, approximate="tanh")
+            grad_before = torch.ops.aten.gelu_backward(grad_out @ weight2, before, approximate=ctx.approximate)
             _store(grads[2:], expert, grad_out, hidden)
             if grads[0] is not None or grads[1] is not None:
                 _store(grads[:2], expert, grad_before, tokens.index_select(0, token))
             grad_tokens.index_add_(0, token, grad_before @ weight1)
-        return grad_tokens, grad_weights, None, None, *grads
+        return grad_tokens, grad_weights, None, None, None, *grads
 
 
 def _of_expert(parameters: Any, expert: int, dtype: torch.dtype) -> list[Tensor]:
