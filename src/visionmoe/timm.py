@@ -60,7 +60,7 @@ class TimmVisionTransformer(VisionTransformer):
 
     @property
     def last_output(self) -> ModelOutput:
-        """Everything that the last forward pass gave: auxiliary_loss, metrics, logits. RuntimeError before the first."""
+        """All that the last forward pass gave: auxiliary_loss, metrics, logits. RuntimeError before the first."""
         if self._last_output is None:
             raise RuntimeError("last_output is there after a forward pass")
         return self._last_output
@@ -127,7 +127,7 @@ def _create(
     cache_dir: Any,
     **options: Any,
 ) -> TimmVisionTransformer:
-    """options: num_classes (0: no head), img_size, in_chans, global_pool, and any option of ModelConfig or MoEConfig."""
+    """options: num_classes (0: no head), img_size, in_chans, global_pool, and those of ModelConfig and MoEConfig."""
     cfg = resolve_pretrained_cfg(name, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay)
     ours = _our_options(name, options)
     if pretrained:
@@ -174,9 +174,9 @@ def _pretrained(name: str, cfg: Any, cache_dir: Any, options: dict[str, Any]) ->
     return model
 
 
-def _published_cfgs() -> dict[str, dict[str, Any]]:
+def _published_cfgs() -> dict[str, Any]:
     """A pretrained_cfg for every named model, and one for every tag of a published checkpoint."""
-    cfgs: dict[str, dict[str, Any]] = {}
+    cfgs: dict[str, Any] = {}
     for name in list_models():
         prefix = _TAGS.get(name)
         tags = [p for p in PUBLISHED.values() if prefix and p.name.startswith(prefix) and p.listed]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from visionmoe.model.dispatch import run_buffers, run_segments
 from visionmoe.model.experts import Experts
-from visionmoe.model.routing import Routing, expert_choice_routing, top_k_routing
+from visionmoe.model.routing import Routing, expert_choice_routing, normalize_combine_weights, top_k_routing
 
 
 def run_plain(tokens, routing, experts):
@@ -26,8 +26,8 @@ def gradients(run, tokens, logits, experts, make_routing):
     return out, torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
 
 
-def make_experts(num_experts, dim, width, dtype=torch.float64):
-    experts = Experts(num_experts, dim, width).to(dtype)
+def make_experts(num_experts, dim, width, dtype=torch.float64, approximate="tanh"):
+    experts = Experts(num_experts, dim, width, approximate=approximate).to(dtype)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return experts
@@ -39,11 +39,12 @@ def make_experts(num_experts, dim, width, dtype=torch.float64):
     dims=st.tuples(st.integers(1, 5), st.integers(1, 6)),
     k=st.integers(1, 5),
     capacity=st.integers(1, 10),
-    kind=st.sampled_from(["vanilla", "bpr", "expert_choice"]),
+    kind=st.sampled_from(["vanilla", "bpr", "expert_choice", "normalised"]),
+    approximate=st.sampled_from(["tanh", "none"]),
     skew=st.floats(0, 20),
     seed=st.integers(0, 2**31),
 )
-def test_segments_and_buffers_equal_plain(shape, dims, k, capacity, kind, skew, seed):
+def test_segments_and_buffers_equal_plain(shape, dims, k, capacity, kind, approximate, skew, seed):
     """Random shapes: dropped requests, experts with nothing, one token, K = E, all tokens to one expert."""
     torch.manual_seed(seed)
     groups, size, num_experts = shape
@@ -54,9 +55,10 @@ def test_segments_and_buffers_equal_plain(shape, dims, k, capacity, kind, skew, 
     def make_routing(probs):
         if kind == "expert_choice":
             return expert_choice_routing(probs, capacity)
-        return top_k_routing(probs, min(k, num_experts), capacity, kind == "bpr")
+        routing = top_k_routing(probs, min(k, num_experts), capacity, kind == "bpr")
+        return normalize_combine_weights(routing) if kind == "normalised" else routing
 
-    experts = make_experts(num_experts, *dims)
+    experts = make_experts(num_experts, *dims, approximate=approximate)
     expected, expected_gradients = gradients(run_plain, tokens, logits, experts, make_routing)
     for run in (run_segments, run_buffers):
         out, grads = gradients(run, tokens, logits, experts, make_routing)

@@ -98,10 +98,12 @@ def tensors_to_vmoe(state: Mapping[str, Tensor], config: ModelConfig) -> dict[st
 
 def _check_expressible(config: ModelConfig) -> None:
     """The released format says nothing of these options, and the reference has only one value of each."""
-    fixed = (("activation", config.activation, "gelu_tanh"), ("layer_norm_eps", config.layer_norm_eps, 1e-6))
-    if config.moe.layers:
-        fixed += (("normalize_combine_weights", config.moe.normalize_combine_weights, False),)
-    for name, value, only in fixed:
+    normalized = bool(config.moe.layers) and config.moe.normalize_combine_weights
+    for name, value, only in (
+        ("activation", config.activation, "gelu_tanh"),
+        ("layer_norm_eps", config.layer_norm_eps, 1e-6),
+        ("normalize_combine_weights", normalized, False),
+    ):
         if value != only:
             raise ValueError(f"the released format has only models with {name} {only}, got {value}")
 

@@ -228,4 +228,4 @@ def _activation(act: nn.Module, refuse: Any) -> Activation:
 def _per_channel(values: tuple[float, ...], config: ModelConfig) -> tuple[float, ...]:
     """One number for every channel, also where only one is given or a model of three was made one of fewer."""
     values = tuple(float(v) for v in values)
-    return values * config.in_channels if len(set(values)) == 1 and len(values) in (1, 3) else values
+    return values[:1] * config.in_channels if len(set(values)) == 1 else values

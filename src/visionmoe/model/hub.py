@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from visionmoe.model.pretrained import (
 )
 
 CARD_NAME = "README.md"
+_TRANSPORT_ERROR = hub_errors.HfHubHTTPError.__bases__[0]  # of the HTTP library that huggingface_hub uses
 
 
 class HubModel(
@@ -74,7 +75,7 @@ class HubModel(
             )
         return str(getattr(commit, "commit_url", commit))
 
-    def generate_model_card(self, *, repo_id: str = "USER/NAME") -> ModelCard:  # type: ignore[override]
+    def generate_model_card(self, *, repo_id: str = "USER/NAME") -> ModelCard:
         """The model card: sizes, routing, how to load, licence, citation."""
         template = (files("visionmoe") / "model" / "model_card.md").read_text(encoding="utf-8")
         return ModelCard.from_template(
@@ -120,7 +121,7 @@ class HubModel(
         stored = read_pretrained_config(folder).model
         weights = open_pretrained_weights(folder)
         with torch.device("meta"):
-            model: Any = cls(stored)  # type: ignore[call-arg]
+            model: Any = cls(stored)
         state: dict[str, Tensor] = {n: torch.empty(t.shape) for n, t in model.state_dict().items()}
         if weights.shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
             raise ValueError(f"{weights.path} does not fit the config.json beside it")
@@ -164,7 +165,7 @@ def split_name(name: str) -> tuple[str, str | None]:
 @contextlib.contextmanager
 def hub_mistakes(repo_id: str) -> Iterator[None]:
     """Within it, what the hub answers becomes an OSError (or ValueError) of one line that names the repository."""
-    where = f"the Hugging Face hub ({os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'})"
+    where = f"the Hugging Face hub ({constants.ENDPOINT})"
     try:
         yield
     except hub_errors.HFValidationError as error:
@@ -187,6 +188,8 @@ def hub_mistakes(repo_id: str) -> Iterator[None]:
         ) from None
     except hub_errors.HfHubHTTPError as error:
         raise _refusal(error)(f"{where} refused {repo_id}: {_first_line(error)}") from None
+    except _TRANSPORT_ERROR as error:
+        raise ConnectionError(f"{where} cannot be reached for {repo_id}: {_first_line(error)}") from None
 
 
 def _refusal(error: Any) -> type[OSError]:
