@@ -4,18 +4,16 @@ import copy
 import pickle
 
 import pytest
+import timm
+import timm.data
+import timm.optim
 import torch
 from PIL import Image
 
 import visionmoe as vm
+import visionmoe.timm
 from visionmoe.checkpoint import params_to_vmoe, write_vmoe
 from visionmoe.checkpoint.registry import PUBLISHED
-
-timm = pytest.importorskip("timm")
-import timm.data  # noqa: E402
-import timm.optim  # noqa: E402
-
-import visionmoe.timm  # noqa: E402
 
 # A named model, made small: what a test needs is its shape and routing, not its width.
 SMALL = {"hidden_size": 32, "mlp_dim": 48, "num_heads": 2, "num_layers": 8, "img_size": 64}

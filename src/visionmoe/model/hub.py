@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, constants, hf_hub_download
@@ -23,7 +23,8 @@ from visionmoe.model.pretrained import (
 )
 
 CARD_NAME = "README.md"
-_TRANSPORT_ERROR = hub_errors.HfHubHTTPError.__bases__[0]  # of the HTTP library that huggingface_hub uses
+# Of the HTTP library that huggingface_hub uses, which is another one in other versions.
+_TRANSPORT_ERROR = cast(type[Exception], hub_errors.HfHubHTTPError.__bases__[0])
 
 
 class HubModel(
