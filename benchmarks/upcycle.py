@@ -1,7 +1,7 @@
 """Sparse upcycling against going on with the dense model, at equal added compute, over several seeds.
 
     python benchmarks/upcycle.py --out benchmarks/results/upcycle_fashion_mnist.json
-    python benchmarks/upcycle.py --recipe cifar10_small --data parquet:PATH --out benchmarks/results/upcycle_cifar10.json
+    python benchmarks/upcycle.py --recipe cifar10_small --data parquet:PATH --out benchmarks/results/upcycle_cifar.json
 
 For every seed a dense ViT (the recipe's model without experts) is trained for --dense-steps. From its parameters two
 runs go on, both with a new optimizer and the same schedule (warm-up, cosine to 0, peak --rate): the dense model for
@@ -71,12 +71,24 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
     recipe = get_recipe(arguments.recipe)
     assert recipe.model is not None
     folder = arguments.work / f"{arguments.recipe}_seed{seed}"
-    dense_model = dataclasses.replace(recipe.model, moe=MoEConfig())
     base = dataclasses.replace(
-        recipe, seed=seed, epochs=None, eval_every=None, checkpoint_every=200, tensorboard=False,
+        recipe,
+        seed=seed,
+        steps=arguments.dense_steps,
+        epochs=None,
+        eval_every=None,
+        checkpoint_every=200,
+        tensorboard=False,
         data=dataclasses.replace(recipe.data, source=arguments.data or recipe.data.source),
-    )  # fmt: skip
-    start = dataclasses.replace(base, model=dense_model, steps=arguments.dense_steps, out=str(folder / "start"))
+    )
+    warmup = min(recipe.optimizer.learning_rate.warmup_steps or 0, arguments.dense_steps // 10)
+    schedule = dataclasses.replace(recipe.optimizer.learning_rate, warmup_steps=warmup)
+    start = dataclasses.replace(
+        base,
+        model=dataclasses.replace(recipe.model, moe=MoEConfig()),
+        optimizer=dataclasses.replace(recipe.optimizer, learning_rate=schedule),
+        out=str(folder / "start"),
+    )
     results = {"start": run(start)}
     if results["start"] is None:
         return None
