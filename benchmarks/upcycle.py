@@ -12,6 +12,7 @@ that is interrupted goes on where it was when the command is given again; finish
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import platform
 import statistics
 import sys
@@ -87,19 +88,28 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
         base,
         model=dataclasses.replace(recipe.model, moe=MoEConfig()),
         optimizer=dataclasses.replace(recipe.optimizer, learning_rate=schedule),
-        out=str(folder / "start"),
     )
+    start = dataclasses.replace(start, out=str(own_folder(folder / "start", start)))
     results = {"start": run(start)}
     if results["start"] is None:
         return None
-    layers = arguments.layers or recipe.model.moe.layers
-    make_sparse(arguments, folder / "start" / "model", folder / "upcycled_start", layers, seed)
-    flops = {name: count_flops(load(folder / path)) for name, path in
-             (("dense", "start/model"), ("upcycled", "upcycled_start"))}  # fmt: skip
+    upcycling = {
+        "layers": tuple(arguments.layers or recipe.model.moe.layers),
+        "num_experts": arguments.num_experts,
+        "num_selected_experts": arguments.num_selected_experts,
+        "capacity_factor": arguments.capacity_factor,
+        "noise": arguments.noise,
+        "normalize_weights": not arguments.no_normalize_weights,
+        "seed": seed,
+    }
+    models = {"dense": Path(start.out) / "model"}
+    models["upcycled"] = own_folder(folder / "upcycled_start", (start, upcycling))
+    upcycle(models["dense"], **upcycling).save_pretrained(models["upcycled"])
+    flops = {name: count_flops(load(path)) for name, path in models.items()}
     steps = {name: round(arguments.more_steps * flops["dense"] / flops[name]) for name in flops}
-    for name, path in (("dense", "start/model"), ("upcycled", "upcycled_start")):
-        config = continued(base, arguments, folder / path, steps[name])
-        results[name] = run(dataclasses.replace(config, out=str(folder / name), seed=seed + 1000))
+    for name, path in models.items():
+        config = continued(dataclasses.replace(base, seed=seed + 1000), arguments, path, steps[name])
+        results[name] = run(dataclasses.replace(config, out=str(own_folder(folder / name, config))))
         if results[name] is None:
             return None
     evaluated = {name: results[name]["eval"]["test"] for name in RUNS}
@@ -115,17 +125,9 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
     }
 
 
-def make_sparse(arguments: argparse.Namespace, dense: Path, out: Path, layers: Any, seed: int) -> None:
-    upcycle(
-        dense,
-        layers=tuple(layers),
-        num_experts=arguments.num_experts,
-        num_selected_experts=arguments.num_selected_experts,
-        capacity_factor=arguments.capacity_factor,
-        noise=arguments.noise,
-        normalize_weights=not arguments.no_normalize_weights,
-        seed=seed,
-    ).save_pretrained(out)
+def own_folder(prefix: Path, what: Any) -> Path:
+    """A folder that belongs to these settings, so that other settings do not find its results."""
+    return prefix.with_name(f"{prefix.name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}")
 
 
 def continued(base: TrainConfig, arguments: argparse.Namespace, model: Path, steps: int) -> TrainConfig:
