@@ -90,9 +90,22 @@ def params_to_vmoe(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
 def tensors_to_vmoe(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """As `params_to_vmoe`, but views of the tensors, which keep their dtype and memory."""
+    _check_expressible(config)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     complain("the model's state", compare({n: tuple(t.shape) for n, t in state.items()}, our_shapes(config)))
     return reference_views(state, config)
+
+
+def _check_expressible(config: ModelConfig) -> None:
+    """The released format says nothing of these options, and the reference has only one value of each."""
+    normalized = bool(config.moe.layers) and config.moe.normalize_combine_weights
+    for name, value, only in (
+        ("activation", config.activation, "gelu_tanh"),
+        ("layer_norm_eps", config.layer_norm_eps, 1e-6),
+        ("normalize_combine_weights", normalized, False),
+    ):
+        if value != only:
+            raise ValueError(f"the released format has only models with {name} {only}, got {value}")
 
 
 def check_arrays(

@@ -16,6 +16,7 @@ from visionmoe.checkpoint.registry import PUBLISHED
 from visionmoe.checkpoint.vmoe_format import Block, VmoeReader
 from visionmoe.config import ModelConfig, from_dict
 from visionmoe.files import read_json
+from visionmoe.model.hub import fetch, split_name
 from visionmoe.model.pretrained import (
     CONFIG_NAME,
     FORMAT,
@@ -24,6 +25,7 @@ from visionmoe.model.pretrained import (
     read_pretrained_config,
 )
 
+HUB = "hf-hub:"
 _FLOATS = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
@@ -123,6 +125,10 @@ def open_source(
 ) -> Source:
     """Finds out what `path` is; reads descriptions only. See `visionmoe.load`."""
     path = os.fspath(path)
+    if path.startswith(HUB):
+        if config is not None:
+            raise ValueError(f"{path} has a config of its own; config is for checkpoint prefixes")
+        return DirectorySource(fetch(*split_name(path.removeprefix(HUB)), cache_dir))
     prefix = path.removesuffix(".index")
     has_index = os.path.isfile(f"{prefix}.index")
     if os.path.isfile(os.path.join(path, CONFIG_NAME)) or (os.path.isdir(path) and not has_index):

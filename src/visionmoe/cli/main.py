@@ -21,6 +21,7 @@ COMMANDS = {
     "fewshot": (options.Fewshot, "visionmoe.cli.fewshot"),
     "convert": (options.Convert, "visionmoe.cli.convert"),
     "info": (options.Info, "visionmoe.cli.info"),
+    "upcycle": (options.Upcycle, "visionmoe.cli.upcycle"),
 }
 # top-level module -> the extra that installs it
 EXTRAS = {

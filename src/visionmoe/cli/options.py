@@ -239,3 +239,39 @@ class Info:
     """Classes, in the place of the model's own number."""
     out: Path = Path("out/info")
     """Where results.json goes."""
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """Turn a dense ViT into a V-MoE: its MLPs become the experts."""
+
+    path: ModelPath
+    """timm:NAME, hf-hub:USER/NAME, a folder (ours, timm's, transformers'), a .safetensors of timm, a .npz, a run."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder to write: config.json, model.safetensors, results.json."""
+    config: File = None
+    """config.json of a released PREFIX, or of a .npz whose shapes do not say it."""
+    timm_model: Text = None
+    """The timm model whose parameters a .safetensors file holds."""
+    layers: tuple[int, ...] = ()
+    """Blocks that get experts, counted from 0. Default: by --placement."""
+    placement: Literal["every2", "last2", "last5"] = "every2"
+    """Every second block (1, 3, 5, ...), or the last two or five of those."""
+    num_experts: int = 8
+    """Experts per layer."""
+    num_selected_experts: int = 2
+    """Experts per token (K)."""
+    capacity_factor: float = 2.0
+    """Capacity factor of the new model."""
+    noise: float = 0.0
+    """Standard deviation of noise on the experts, relative to that of each of their tensors."""
+    router_std: Number = None
+    """Standard deviation of the new routers' weights. Default: as for a new model (LeCun)."""
+    normalize_weights: bool = True
+    """Let the weights of a token's experts sum to 1: the new model starts as the dense one."""
+    seed: int = 0
+    """Of the noise and the routers."""
+    data: Text = None
+    """Images to compare the two models on, as for evaluate. Default: random ones."""
+    images: int = 8
+    """How many images to compare on."""

@@ -1,8 +1,7 @@
 """The Vision Transformer and its sparse form, V-MoE (arXiv 2010.11929, 2106.05974), with timm's names."""
 
 import dataclasses
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from visionmoe.config import ModelConfig
+from visionmoe.model.hub import HubModel
 from visionmoe.model.layers import Attention, AttentionPool, Block, Mlp
 from visionmoe.model.moe import MoE, SoftMoE
 from visionmoe.model.position import PatchEmbed, sincos2d
-from visionmoe.model.pretrained import write_pretrained
 from visionmoe.model.router import lecun_normal_
 
 
@@ -34,7 +33,7 @@ class ModelOutput:
         return probs.view(-1, self.ensemble_size, probs.shape[-1]).mean(dim=1)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(nn.Module, HubModel):
     """ViT or V-MoE as `config` says. Images (B, C, H, W), float in [-1, 1]."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,7 +47,7 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, dim))
         self.dropout = nn.Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         if config.pooling == "map":
             self.attn_pool = AttentionPool(config)
         width = config.representation_size or dim
@@ -118,11 +117,14 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == min(self.config.moe.layers, default=None) and self.config.ensemble_size > 1:
                 x = x.repeat_interleave(self.config.ensemble_size, dim=0)
-            x, loss, layer_metrics = block(x)
+            x, loss, layer_metrics = self._run_block(block, x)
             if loss is not None:
                 auxiliary_loss = auxiliary_loss + loss
             metrics |= {f"blocks.{i}.{name}": value for name, value in layer_metrics.items()}
         return self.norm(x), auxiliary_loss, metrics
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        return block(x)
 
     def _embed(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T, D), class token first, positions added."""
@@ -175,13 +177,6 @@ class VisionTransformer(nn.Module):
             sparse = self.moe_layer(layer)
             assert isinstance(sparse, MoE)
             sparse.setting = moe.routing(layer)
-
-    def save_pretrained(self, directory: str | os.PathLike, class_names: Sequence[str] | None = None) -> None:
-        """Writes config.json and model.safetensors, from which `visionmoe.load` makes this model again.
-
-        class_names: kept in config.json, so that fine-tuning knows whether the head is for its classes.
-        """
-        write_pretrained(directory, self.config, self.state_dict(), class_names=class_names)
 
 
 def create_model(config: ModelConfig | str, **overrides: Any) -> VisionTransformer:
