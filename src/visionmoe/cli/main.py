@@ -16,7 +16,8 @@ COMMANDS = {
     "train": (options.Train, "visionmoe.cli.training"),
     "finetune": (options.Finetune, "visionmoe.cli.training"),
     "evaluate": (options.Evaluate, "visionmoe.cli.evaluation"),
-    "sweep": (options.Sweep, "visionmoe.cli.evaluation"),
+    "sweep": (options.Sweep, "visionmoe.cli.sweep"),
+    "tune": (options.Tune, "visionmoe.cli.tune"),
     "convert": (options.Convert, "visionmoe.cli.convert"),
     "info": (options.Info, "visionmoe.cli.info"),
 }
