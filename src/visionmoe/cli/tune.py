@@ -14,6 +14,7 @@ from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import Slice, Source, open_source
 from visionmoe.data.splits import slice_indices
 from visionmoe.evaluate.adaptive import Evaluate, apply_routing, layer_settings, restored_routing
+from visionmoe.evaluate.calibrated import CalibratedEvaluator
 from visionmoe.evaluate.classify import ClassificationEvaluator
 from visionmoe.evaluate.speed import Speed, budget_for_speed
 from visionmoe.evaluate.store import ResultStore, StoredEvaluator, context_of, data_fingerprint, stored_timing
@@ -110,7 +111,8 @@ class Work:
         loader = self.images.held_out
         results = {}
         with progress("held-out images", 3 * loader.num_images) as advance, restored_routing(self.model):
-            evaluate = self._evaluator(loader, advance)
+            classify = ClassificationEvaluator(loader, autocast=self.options.bf16, on_batch=advance)
+            evaluate = self._stored(classify, loader, advance)
             for name, routing in wanted.items():
                 apply_routing(self.model, routing)
                 results[name] = evaluate(self.model)
@@ -128,7 +130,10 @@ class Work:
         print(f"Tuning: at most {most} evaluations of {first.num_images} images, "
               f"then 2 of {second.num_images} others")  # fmt: skip
         with progress("tuning", most * first.num_images + 2 * second.num_images) as advance:
-            calibrate, check = self._evaluator(first, advance), self._evaluator(second, advance)
+            bf16 = self.options.bf16
+            finding = CalibratedEvaluator(first, autocast=bf16, on_batch=advance)
+            checking = CalibratedEvaluator(second, autocast=bf16, keep_images=True, on_batch=advance)
+            calibrate, check = self._stored(finding, first, advance), self._stored(checking, second, advance)
             tuned = tune(
                 self.model, budget, calibrate, check, batch_size=self.batch_size,
                 curves=None if earlier is None else earlier.curves,
@@ -136,10 +141,11 @@ class Work:
         self._count(calibrate, check)
         return tuned
 
-    def _evaluator(self, loader: EvalLoader, advance: Callable[[int], None]) -> StoredEvaluator:
-        classify: Evaluate = ClassificationEvaluator(loader, autocast=self.options.bf16, on_batch=advance)
-        context = self.context | {"data": data_fingerprint(loader, first_batch(loader))}
-        return StoredEvaluator(classify, self.store, context, on_reuse=lambda: advance(loader.num_images))
+    def _stored(self, evaluate: Evaluate, loader: EvalLoader, advance: Callable[[int], None]) -> StoredEvaluator:
+        measure = {"measure": type(evaluate).__name__, "data": data_fingerprint(loader, first_batch(loader))}
+        return StoredEvaluator(
+            evaluate, self.store, self.context | measure, on_reuse=lambda: advance(loader.num_images)
+        )
 
     def _count(self, *evaluators: StoredEvaluator) -> None:
         self.evaluated += sum(evaluator.evaluated for evaluator in evaluators)
@@ -198,7 +204,7 @@ def results_of(
             "routing": plain(candidate.routing),
             "flops": candidate.flops,
             "share_of_present_flops": candidate.flops / work.flops,
-            "calibration": {"loss": candidate.loss, "top1": candidate.top1},
+            "calibration": {"calibrated_loss": candidate.calibrated_loss, "top1": candidate.top1},
             "held_out": held_out[name],
         }
 

@@ -24,7 +24,7 @@ class LayerCurve:
     by_k: Mapping[int, tuple[tuple[float, float], ...]]
 
     def best(self, level: float) -> tuple[int, float]:
-        """The K with the lowest loss at `level`, and that loss, linear between the measured levels.
+        """The K with the lowest loss at `level`, of equals the smallest, and that loss; linear between measured levels.
 
         A K that cannot spend so much, because its places are enough for all requests, is not asked.
         """
@@ -33,7 +33,7 @@ class LayerCurve:
             for k, points in self.by_k.items()
             if level <= points[-1][0] + 1e-9
         }
-        k = min(losses, key=lambda k: (losses[k], -k))
+        k = min(losses, key=lambda k: (losses[k], k))
         return k, losses[k]
 
     @property

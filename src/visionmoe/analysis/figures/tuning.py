@@ -1,7 +1,7 @@
 """The routing that tuning chose, layer by layer, and what it was chosen from."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -24,17 +24,23 @@ def tuned_routing(
     chosen: Mapping[str, Candidate],
     budget: int,
 ) -> None:
-    """Left the experts per token that each layer pays for; right accuracy against operations of all settings tried.
+    """Left the experts per token that each layer pays for, then accuracy and loss against operations of all tried.
 
     routings: name ("present", "uniform", "tuned") -> settings by block. candidates: on the calibration images.
     chosen: name -> the candidates to point out. budget: operations per image.
     """
     with matplotlib.rc_context(STYLE):
         layers = len(next(iter(routings.values())))
-        figure = Figure(figsize=(6.5 + max(4.0, 0.9 * layers), 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(max(4.0, 0.9 * layers), 5.5))
+        wide = max(4.0, 0.9 * layers)
+        figure = Figure(figsize=(10.5 + wide, 4.4), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=(wide, 4.5, 4.5))
         _levels(left, routings)
-        _candidates(right, candidates, chosen, budget)
+        _candidates(middle, candidates, chosen, budget, lambda c: c.top1)
+        _candidates(right, candidates, chosen, budget, lambda c: c.calibrated_loss)
+        middle.set(title="Settings tried: accuracy", ylabel="top-1, calibration images")
+        middle.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        right.set(title="Settings tried: loss", ylabel="loss at the best temperature, calibration images")
+        right.legend(loc="upper right", fontsize=8)
         save(figure, path)
 
 
@@ -56,19 +62,23 @@ def _levels(axis: Axes, routings: Mapping[str, Routing]) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(routings))
 
 
-def _candidates(axis: Axes, candidates: Sequence[Candidate], chosen: Mapping[str, Candidate], budget: int) -> None:
+def _candidates(
+    axis: Axes,
+    candidates: Sequence[Candidate],
+    chosen: Mapping[str, Candidate],
+    budget: int,
+    value: Callable[[Candidate], float],
+) -> None:
     markers = {"uniform": ("s", BLUE), "plan": ("^", GREEN), "search": ("o", GREEN), "sensitivity": (".", GREY)}
     for stage, (marker, colour) in markers.items():
         own = [c for c in candidates if c.stage == stage]
         if own:
-            x, y = [c.flops / 1e6 for c in own], [c.top1 for c in own]
+            x, y = [c.flops / 1e6 for c in own], [value(c) for c in own]
             axis.plot(x, y, marker, color=colour, alpha=0.6, markersize=5, label=f"tried: {stage}")
     for name, (marker, colour) in {"uniform": ("s", BLUE), "tuned": ("*", ORANGE)}.items():
         if name in chosen:
             point = chosen[name]
-            axis.plot(point.flops / 1e6, point.top1, marker, color=colour, markersize=13, markeredgecolor="white",
-                      label=f"{name}, loss {point.loss:.4f}")  # fmt: skip
+            axis.plot(point.flops / 1e6, value(point), marker, color=colour, markersize=12, markeredgecolor="white",
+                      label=name)  # fmt: skip
     axis.axvline(budget / 1e6, color=GREY, linestyle="--", linewidth=1.2, label="budget")
-    axis.set(title="Settings tried, calibration images", xlabel="million operations per image", ylabel="top-1")
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    axis.legend(loc="lower right", fontsize=8)
+    axis.set_xlabel("million operations per image")
