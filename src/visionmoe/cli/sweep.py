@@ -168,8 +168,6 @@ def with_times(
 ) -> tuple[list[SweepPoint], DensePoint | None, dict[str, Any]]:
     """The points with speeds that were measured in turns, and how."""
     context = context_of(model, loader, first, autocast=options.bf16)
-    if dense is not None:
-        context["dense"] = context_of(dense.model, dense.loader, dense.first, autocast=options.bf16)
     others = [] if dense is None else [(dense.model, dense.first)]
     with progress("timing", (len(points) + len(others)) * 8) as advance:
         seconds, how = stored_timing(

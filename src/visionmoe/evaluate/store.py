@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visionmoe.config import to_dict
 from visionmoe.data.loader import EvalLoader
@@ -103,7 +103,7 @@ def stored_timing(
     images: Tensor,
     settings: Sequence[Routing],
     *,
-    others: Sequence[tuple[nn.Module, Tensor]] = (),
+    others: Sequence[tuple[VisionTransformer, Tensor]] = (),
     autocast: bool = False,
     on_run: Callable[[], None] | None = None,
 ) -> tuple[list[float], dict[str, Any]]:
@@ -111,7 +111,12 @@ def stored_timing(
 
     Times are only comparable when they were measured in turns, so they are stored and taken together or not at all.
     """
-    key = {**context, "timed": [_plain(setting) for setting in settings], "threads": torch.get_num_threads()}
+    key = {
+        **context,
+        "timed": [_plain(setting) for setting in settings],
+        "others": [[model_fingerprint(other), list(own.shape)] for other, own in others],
+        "threads": torch.get_num_threads(),
+    }
     found = store.get(key)
     if found is None:
         timing = time_settings(model, images, settings, others=others, autocast=autocast, on_run=on_run)
