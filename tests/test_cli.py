@@ -96,7 +96,8 @@ MISTAKES = {
     "no budget": ("tune run", "give --flops or --images-per-second, one of them"),
     "two budgets": ("tune run --flops 0.9 --images-per-second 9", "give --flops or --images-per-second, one of them"),
     "budget out of reach": ("tune run --flops 0.2", "(the lowest setting) and 1 (the present one)"),
-    "budget above the present": ("tune run --flops 1.5", "(the present one) of 0.14 MFLOP per image, got 1.500"),
+    "budget above the present": ("tune run --flops 1.5", "(the present one) of 0.23 MFLOP per image, got 1.500"),
+    "no number as a budget": ("tune run --flops nan", "--flops must be a finite number, got nan"),
     "speed out of reach": ("tune run --images-per-second 1e9", "images_per_second must be between"),
     "tuning a dense model": ("tune dense --data fashion-mnist --flops 0.9", "the model has no sparse layers"),
     "calibration on held-out images": ("tune run --flops 0.9 --calibration-split test[:50]",
@@ -207,19 +208,8 @@ def test_sweep_of_some_layers_beside_a_dense_model(workplace: Path, capsys: pyte
     config = vm.load(workplace / "run" / "model").config
     dense = vm.create_model(config.replace(image_size=35), layers=())  # of another size: it gets its own pixels
     dense.save_pretrained("another")
-    arguments = [
-        "sweep",
-        "run",
-        "--capacity-factors",
-        "1.0",
-        "0.3",
-        "--num-selected-experts",
-        "1",
-        "2",
-        "--layers",
-        "1",
-    ]
-    arguments += ["--dense", "another", "--out", "swept"]
+    arguments = ["sweep", "run", "--capacity-factors", "1.0", "0.3", "--num-selected-experts", "1", "2"]
+    arguments += ["--layers", "1", "--dense", "another", "--out", "swept"]
     assert main(arguments) == 0
     first = results(workplace / "swept")
     assert first["layers"] == [1]

@@ -60,13 +60,12 @@ def operations_of(requests: int, config: vm.ModelConfig) -> int:
 def test_equals_torchs_counter_plus_the_empty_places(size: str, pooling: str, priority: bool):
     config, images = SIZES[size]
     model = make(config.replace(pooling=pooling))
-    for k in (1, 2, 3):
-        for factor in (1.5, 1.05, 0.5, 0.13):
-            model.set_routing(k, factor, priority)
-            actual, empty = counted(model, images)
-            paid = vm.count_flops(model, batch_size=images) * images
-            assert paid == pytest.approx(actual + operations_of(empty, config), rel=1e-3), (k, factor)
-            assert actual <= paid * 1.001  # a setting is never dearer than it says
+    for k, factor in ((1, 1.5), (2, 1.05), (2, 0.5), (3, 0.13)):
+        model.set_routing(k, factor, priority)
+        actual, empty = counted(model, images)
+        paid = vm.count_flops(model, batch_size=images) * images
+        assert paid == pytest.approx(actual + operations_of(empty, config), rel=1e-3), (k, factor)
+        assert actual <= paid * 1.001  # a setting is never dearer than it says
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -98,11 +97,10 @@ def test_balanced_routing_does_what_is_counted(size: str, priority: bool):
     model = make(config.replace(noise_std=noise, capacity_multiple_of=None)).train()
     for layer in model.moe_layers:
         torch.nn.init.zeros_(model.get_submodule(f"blocks.{layer}.mlp.router.gate").weight)
-    for k in (1, 2):
-        for factor in (0.9, 0.5, 0.25):
-            model.set_routing(k, factor, priority)
-            actual, _ = counted(model, images * 4)
-            assert vm.count_flops(model) * images * 4 == pytest.approx(actual, rel=0.02), (k, factor)
+    for k, factor in ((1, 0.9), (2, 0.9), (2, 0.25)):
+        model.set_routing(k, factor, priority)
+        actual, _ = counted(model, images * 4)
+        assert vm.count_flops(model) * images * 4 == pytest.approx(actual, rel=0.02), (k, factor)
 
 
 @pytest.mark.parametrize(

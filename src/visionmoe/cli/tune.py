@@ -1,6 +1,7 @@
 """`visionmoe tune`."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,8 @@ def run(options: Tune) -> int:
 
     if (options.flops is None) == (options.images_per_second is None):
         raise ValueError("give --flops or --images-per-second, one of them")
+    if options.flops is not None and not math.isfinite(options.flops):
+        raise ValueError(f"--flops must be a finite number, got {options.flops}")
     out = output_folder(options.out)
     model = load_model(options.path, options.config, options.device)
     check_tunable(model)
