@@ -42,6 +42,7 @@ def workplace(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "empty").mkdir()
     (tmp_path / "images" / "cat").mkdir(parents=True)
     (tmp_path / "images" / "cat" / "1.png").write_bytes(b"not an image")
+    vm.create_model(vm.load(trained / "model").config, layers=()).save_pretrained(tmp_path / "dense")
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "config.json").write_bytes((trained / "model" / "config.json").read_bytes())
@@ -88,6 +89,19 @@ MISTAKES = {
     "missing config": ("info nowhere.json", "nowhere.json"),
     "capacity of zero": ("evaluate run --capacity-factor 0", "capacity_factor must be > 0 and finite, got 0.0"),
     "K above the experts": ("sweep run --num-selected-experts 9", "must be between 1 and 8, got 9"),
+    "layer without experts": ("sweep run --layers 0", "layers must be among the sparse ones [1], got [0]"),
+    "sweep of a dense model": ("sweep dense --data fashion-mnist", "the model has no sparse layers"),
+    "dense model with experts": ("sweep run --dense run", "--dense must be a model without experts"),
+    "missing dense model": ("sweep run --dense nowhere", "'nowhere' is neither a directory"),
+    "no budget": ("tune run", "give --flops or --images-per-second, one of them"),
+    "two budgets": ("tune run --flops 0.9 --images-per-second 9", "give --flops or --images-per-second, one of them"),
+    "budget out of reach": ("tune run --flops 0.2", "(the lowest setting) and 1 (the present one)"),
+    "budget above the present": ("tune run --flops 1.5", "(the present one) of 0.23 MFLOP per image, got 1.500"),
+    "no number as a budget": ("tune run --flops nan", "--flops must be a finite number, got nan"),
+    "speed out of reach": ("tune run --images-per-second 1e9", "images_per_second must be between"),
+    "tuning a dense model": ("tune dense --data fashion-mnist --flops 0.9", "the model has no sparse layers"),
+    "calibration on held-out images": ("tune run --flops 0.9 --calibration-split test[:50]",
+                                       "50 images of the calibration split test[:50] are in the held-out split"),
     "no device": ("evaluate run --device tpu", "device 'tpu' cannot be used"),
     "out is a file": ("evaluate run --out file", "file"),
     "out below a file": ("evaluate run --out file/out", "file/out: Not a directory"),
@@ -187,6 +201,78 @@ def test_train_evaluate_and_sweep(trained: Path, tmp_path: Path, capsys: pytest.
     own = next(p for p in points if (p["num_selected_experts"], p["capacity_factor"]) == (2, 1.05))
     assert own["top1"] == evaluated["top1"]
     assert (tmp_path / "s" / "accuracy_vs_compute.png").stat().st_size > 10_000
+
+
+def test_sweep_of_some_layers_beside_a_dense_model(workplace: Path, capsys: pytest.CaptureFixture[str]):
+    torch.manual_seed(0)
+    config = vm.load(workplace / "run" / "model").config
+    dense = vm.create_model(config.replace(image_size=35), layers=())  # of another size: it gets its own pixels
+    dense.save_pretrained("another")
+    arguments = ["sweep", "run", "--capacity-factors", "1.0", "0.3", "--num-selected-experts", "1", "2"]
+    arguments += ["--layers", "1", "--dense", "another", "--out", "swept"]
+    assert main(arguments) == 0
+    first = results(workplace / "swept")
+    assert first["layers"] == [1]
+    assert first["own_routing"]["1"]["num_selected_experts"] == 2
+    assert len(first["points"]) == 2 * 2 * 2
+    for point in first["points"]:
+        assert point["milliseconds_per_image"] == pytest.approx(1000 / point["images_per_second"])
+    best = [p for p in first["points"] if p["on_pareto_frontier"]]
+    assert sorted(best, key=lambda p: p["flops"]) == first["pareto_frontier"]
+    assert max(p["top1"] for p in first["points"]) == first["pareto_frontier"][-1]["top1"]
+    assert first["dense"]["flops"] == vm.count_flops(dense)
+    assert 0 <= first["dense"]["top1"] <= 1
+    assert "median" in first["timing"]["method"]
+    assert sum(q["images"] for q in first["per_image_compute"]["quartiles"]) == 100
+    for name in ("accuracy_vs_compute.png", "accuracy_vs_time.png", "per_image_compute.png"):
+        assert (workplace / "swept" / name).stat().st_size > 10_000
+    # Again, with one setting more: the eight are not evaluated again, and are the same to the last digit.
+    capsys.readouterr()
+    arguments[3:5] = ["1.0", "0.3", "0.5"]
+    assert main(arguments) == 0
+    assert "8 of 12 settings were evaluated before" in capsys.readouterr().out
+    second = results(workplace / "swept")
+    old = [p for p in second["points"] if p["capacity_factor"] != 0.5]
+    keys = ("num_selected_experts", "capacity_factor", "batch_priority", "top1", "loss", "flops", "dropped")
+    assert [[p[k] for k in keys] for p in old] == [[p[k] for k in keys] for p in first["points"]]
+    # Other images in the same folder are not mixed with them.
+    assert main([*arguments, "--split", "test[100:150]"]) == 0
+    out = capsys.readouterr().out
+    assert "results of other models or images; they are left alone" in out
+    assert "were evaluated before" not in out
+    assert results(workplace / "swept")["num_images"] == 50
+
+
+@pytest.mark.parametrize("budget", [["--flops", "0.93"], ["--images-per-second", "SPEED"]], ids=lambda b: b[0])
+def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["tune", str(trained), "--split", "test[:60]", "--out", str(tmp_path)]
+    if budget[1] == "SPEED":  # something between the two that it can reach
+        assert main([*arguments, "--images-per-second", "1"]) == 2
+        allowed = capsys.readouterr().err.split("between ")[1].split(" and ")
+        slow, fast = (float(text.split()[0]) for text in allowed)
+        budget = ["--images-per-second", str(0.9 * slow + 0.1 * fast)]
+    code = main([*arguments, *budget])
+    found = results(tmp_path)
+    assert code == (0 if found["speed"] is None or found["speed"]["met"] else 1)
+    assert (found["calibration_split"], found["calibration_images"], found["check_images"]) == ("train[:200]", 100, 100)
+    assert (found["split"], found["num_images"]) == ("test[:60]", 60)
+    assert found["tuned"]["flops"] <= found["budget"]["flops"] <= found["present"]["flops"]
+    assert found["tuned"]["held_out"]["top1"] >= found["uniform"]["held_out"]["top1"]  # one sparse layer: the same
+    model = vm.load(tmp_path / "model")
+    assert vm.count_flops(model, batch_size=100) == found["tuned"]["flops"]
+    setting = found["tuned"]["routing"]["1"]
+    assert model.config.moe.routing(1) == vm.RoutingSetting(**setting)
+    assert setting["batch_priority"]
+    before, after = vm.load(trained / "model").state_dict(), model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "tuned_routing.png").stat().st_size > 10_000
+    text = capsys.readouterr().out
+    assert "kept:" in text and "present" in text
+    # Again: nothing is evaluated again.
+    assert main([*arguments, *budget]) == code
+    again = results(tmp_path)
+    assert again["evaluations"] == {"new": 0, "reused": found["evaluations"]["new"] + found["evaluations"]["reused"]}
+    assert again["tuned"] == found["tuned"]
 
 
 def test_evaluate_at_another_setting(trained: Path, tmp_path: Path):

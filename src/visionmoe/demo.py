@@ -14,9 +14,10 @@ from typing import Any
 
 from visionmoe.analysis.report import FACTORS, draw_report
 from visionmoe.checkpoint.load import load
-from visionmoe.cli.evaluation import summary, table
+from visionmoe.cli.evaluation import summary
 from visionmoe.cli.main import warnings_on_stderr
 from visionmoe.cli.shared import output_folder, progress
+from visionmoe.cli.sweep import table
 from visionmoe.cli.training import DEFAULT_RECIPE, train
 from visionmoe.config import to_dict
 from visionmoe.data.loader import EvalLoader

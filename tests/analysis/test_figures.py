@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from visionmoe.analysis import figures
-from visionmoe.evaluate.adaptive import SweepPoint
+from visionmoe.config import RoutingSetting
+from visionmoe.evaluate.adaptive import DensePoint, SweepPoint
+from visionmoe.evaluate.tune import Candidate
 
 
 def point(k: int, capacity: float, priority: bool) -> SweepPoint:
@@ -61,18 +63,28 @@ def test_every_figure_is_a_picture(tmp_path: Path):
     )
     points = [point(k, c, b) for k in (1, 2) for c in (1.0, 0.5, 0.1) for b in (True, False)]
     figures.accuracy_against_compute(tmp_path / "compute.png", points)
+    figures.accuracy_against_time(tmp_path / "time.png", points, DensePoint(0.6, 1.0, 1_500_000, 80.0))
+    routing = {1: RoutingSetting(2, 0.5, True), 3: RoutingSetting(1, 0.2, True)}
+    candidates = [Candidate(routing, 10**6 + n, 1.0, 0.5, s) for n, s in enumerate(("uniform", "plan", "search"))]
+    figures.tuned_routing(
+        tmp_path / "tuned.png", {"present": routing, "tuned": routing}, candidates, {"tuned": candidates[1]}, 10**6
+    )
     images = np.random.default_rng(0).integers(0, 255, (2, 28, 28, 1), dtype=np.uint8)
     masks = [np.ones((2, 4, 4), dtype=bool), np.eye(4, dtype=bool)[None].repeat(2, 0)]
     figures.kept_patches(tmp_path / "patches.png", images, masks, {1.0: 1.0, 0.1: 0.25}, ["Bag", "Coat"], "Kept")
     figures.experts_by_class(tmp_path / "experts.png", {1: np.eye(4)[:3], 3: np.full((3, 4), 0.25)}, "abc", "Experts")
     written = sorted(tmp_path.iterdir())
-    assert [path.name for path in written] == ["compute.png", "curves.png", "experts.png", "patches.png"]
+    assert [path.name for path in written] == [
+        "compute.png", "curves.png", "experts.png", "patches.png", "time.png", "tuned.png"
+    ]  # fmt: skip
     assert all(is_picture(path) for path in written)
 
 
 def test_a_single_point_or_order_is_enough(tmp_path: Path):
-    figures.accuracy_against_compute(tmp_path / "one.png", [point(1, 1.0, False)])
-    assert is_picture(tmp_path / "one.png")
+    dense = DensePoint(0.6, 1.0, 1_500_000, 80.0)
+    figures.accuracy_against_compute(tmp_path / "one.png", [point(1, 1.0, False)], dense=dense)
+    figures.accuracy_against_time(tmp_path / "time.png", [point(1, 1.0, False)])
+    assert is_picture(tmp_path / "one.png") and is_picture(tmp_path / "time.png")
 
 
 def test_no_global_state_of_matplotlib_is_touched():

@@ -5,7 +5,16 @@ import torch
 
 import visionmoe as vm
 from visionmoe.config import RoutingSetting
-from visionmoe.evaluate.adaptive import restored_routing, routing_grid, set_routing, sweep
+from visionmoe.evaluate.adaptive import (
+    SweepPoint,
+    apply_routing,
+    layer_settings,
+    pareto_frontier,
+    restored_routing,
+    routing_grid,
+    set_routing,
+    sweep,
+)
 from visionmoe.evaluate.classify import ClassificationEvaluator
 
 SMALL = vm.ModelConfig(
@@ -98,3 +107,50 @@ def test_wrong_settings_are_found_before_anything_is_evaluated():
         sweep(make(), never, routing_grid([2], [0.0]))
     with pytest.raises(ValueError, match="no sparse layers"):
         sweep(make(SMALL.replace(layers=())), never, routing_grid([2], [1.0]))
+    with pytest.raises(ValueError, match=r"layers must be among the sparse ones \[1, 3\], got \[0, 2\]"):
+        sweep(make(), never, routing_grid([2], [1.0]), layers=[2, 3, 0])
+
+
+def test_only_some_layers_change():
+    model = make()
+    config, seen = model.config, []
+
+    def evaluate(model: vm.VisionTransformer) -> dict:
+        seen.append(layer_settings(model))
+        return ClassificationEvaluator(batches())(model)
+
+    points = sweep(model, evaluate, routing_grid([1], [0.5], [True]), layers=[3])
+    assert seen == [{1: RoutingSetting(2, 1.25, False), 3: RoutingSetting(1, 0.5, True)}]
+    # 16 tokens of 2 experts in block 1, of half an expert in block 3: 1.5 * 16 MLPs less than at full compute.
+    assert vm.count_flops(model) - points[0].flops == 2 * 1.5 * 16 * 2 * 16 * 32
+    assert model.config == config
+
+
+def test_operations_at_a_batch_size():
+    # 2 images x 16 tokens, K = 1, C = 0.1: 3.2 requests for 4 experts are 1 place each, raised to 4: 16 requests of 32.
+    points = sweep(make(), ClassificationEvaluator(batches(2)), [RoutingSetting(1, 0.1, True)], batch_size=2)
+    model = make()
+    model.set_routing(1, 0.5)
+    assert points[0].flops == vm.count_flops(model)
+
+
+def test_frontier():
+    def point(flops: int, top1: float) -> SweepPoint:
+        return SweepPoint(1, 1.0, True, top1, 1.0, flops, 0.0, 1.0)
+
+    # 30 is dearer than 20 and not better; 20 with 0.5 is worse than 20 with 0.6; equal points both stay.
+    points = [point(10, 0.5), point(20, 0.6), point(20, 0.5), point(30, 0.6), point(40, 0.7), point(40, 0.7)]
+    assert pareto_frontier(points) == [True, True, False, False, True, True]
+    assert pareto_frontier([]) == []
+
+
+def test_settings_of_all_layers_can_be_taken_and_given_back():
+    model = make(SMALL.replace(layer_routing={3: RoutingSetting(1, 0.75, True)}))
+    taken = layer_settings(model)
+    assert taken == {1: RoutingSetting(2, 1.25, False), 3: RoutingSetting(1, 0.75, True)}
+    set_routing(model, RoutingSetting(1, 0.1, True))
+    apply_routing(model, taken)
+    assert layer_settings(model) == taken
+    assert model.moe_layer(3).setting == taken[3]
+    apply_routing(model, dict.fromkeys((1, 3), taken[3]))
+    assert model.config.moe.routing() == taken[3]  # one setting for all is the common one

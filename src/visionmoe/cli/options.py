@@ -109,7 +109,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Accuracy against compute: the same weights at many routing settings."""
+    """Accuracy against compute and time: the same weights at many routing settings."""
 
     path: ModelPath
     """A trained model, as for evaluate."""
@@ -125,6 +125,12 @@ class Sweep:
     """Experts per token (K) to try. Default: the model's own."""
     order: Literal["vanilla", "batch-priority", "both"] = "both"
     """Which tokens find a place first: by position, or by the router's confidence."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose routing changes while the others keep their own. Default: all with experts."""
+    dense: Text = None
+    """A dense model to compare with on the same images: a run, a folder, a published name or a PREFIX."""
+    dense_config: File = None
+    """config.json of a released dense PREFIX or .npz."""
     batch_size: Integer = None
     """Images per forward pass; they compete for the experts' places."""
     workers: Integer = None
@@ -134,7 +140,37 @@ class Sweep:
     device: Text = None
     """cpu, cuda, ... Default: a GPU where there is one."""
     out: Path = Path("out/sweep")
-    """Where results.json and accuracy_vs_compute.png go."""
+    """Where results.json and the pictures go; started again, finished points are not evaluated again."""
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Find the best routing of every layer for a budget of operations or a speed."""
+
+    path: ModelPath
+    """A trained model, as for evaluate."""
+    flops: Number = None
+    """Budget: share of the operations per image that the model needs at its present setting, e.g. 0.6."""
+    images_per_second: Number = None
+    """Budget: the speed that the model shall reach on this machine at this batch size."""
+    data: Text = None
+    """Images, as for evaluate."""
+    split: Text = None
+    """Held-out part of the data that the results are reported on. Default: test, or that of the run."""
+    calibration_split: Text = None
+    """Part of the data that settings are chosen on, e.g. train[:2000]. Default: 4000 of the training images."""
+    config: File = None
+    """config.json of a released PREFIX."""
+    batch_size: Integer = None
+    """Images per forward pass; they compete for the experts' places."""
+    workers: Integer = None
+    """Processes that decode images."""
+    bf16: bool = False
+    """Compute in bfloat16 where that is safe."""
+    device: Text = None
+    """cpu, cuda, ... Default: a GPU where there is one."""
+    out: Path = Path("out/tune")
+    """Where the tuned model, results.json and tuned_routing.png go; started again, it goes on where it was."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class ClassificationEvaluator:
         with autocast_context(model, self.autocast):
             out = model(images)
         predictions = out.predictions()[:size].float().cpu()
-        _check_labels(labels, predictions.shape[1])
+        check_labels(labels, predictions.shape[1])
         if self.loss == "softmax":
             losses = -predictions[torch.arange(size), labels].clamp_min(1e-30).log()
         else:
@@ -200,7 +200,8 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             model.train(mode)
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """ValueError when one of the labels is not a class of the model."""
     wrong = [label for label in torch.unique(labels).tolist() if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(f"the model has {num_classes} classes, but the data has the label {wrong[-1]}")

@@ -1,15 +1,23 @@
-"""Floating-point operations of a model, counted from its shapes."""
+"""Floating-point operations of a model, counted from its shapes and its routing setting."""
 
 from visionmoe.config import ModelConfig
+from visionmoe.model.routing import rounded_capacity
 from visionmoe.model.soft import SoftRouter
 from visionmoe.model.vit import VisionTransformer
 
 
-def count_flops(model: VisionTransformer, image_size: int | tuple[int, int] | None = None) -> int:
+def count_flops(
+    model: VisionTransformer, image_size: int | tuple[int, int] | None = None, *, batch_size: int | None = None
+) -> int:
     """Operations (2 per multiply-add) of the matrix products of one image's forward pass.
 
-    Experts count what the routing in force pays for: min(K, K * capacity_factor) experts per token, or the slots.
-    Rounding of the capacity in small groups is left out. image_size: pixels; None is the model's own.
+    Experts count what the routing in force pays for: the requests that its experts have places for, at most all that
+    the tokens make. That is min(K, K * capacity_factor) experts per token but for the rounding of the capacity, which
+    counts where the size of the routing groups is known. A forward pass never does more on segments; it does less
+    where experts that few tokens ask for leave places empty.
+
+    image_size: pixels; None is the model's own. batch_size: images of a call, the size of the groups of a model with
+    group_size "batch"; None: large, so that rounding does not matter.
     """
     config = model.config if image_size is None else model.config.replace(image_size=image_size)
     tokens, dim = config.num_tokens, config.hidden_size
@@ -20,25 +28,46 @@ def count_flops(model: VisionTransformer, image_size: int | tuple[int, int] | No
         sparse = layer in config.moe.layers
         if sparse and layer == min(config.moe.layers):
             copies = config.ensemble_size
-        mlp = _moe(model, config, layer) if sparse else tokens * 2 * dim * config.mlp_dim
+        mlp = _moe(model, config, layer, batch_size) if sparse else tokens * 2 * dim * config.mlp_dim
         multiply_adds += copies * (tokens * 4 * dim * dim + 2 * tokens * tokens * dim + mlp)
-    return round(2 * (multiply_adds + copies * _head(config)))
+    return round(2 * (multiply_adds + copies * _head(config) + _probe(config, batch_size)))
 
 
-def _moe(model: VisionTransformer, config: ModelConfig, layer: int) -> float:
+def _moe(model: VisionTransformer, config: ModelConfig, layer: int, batch_size: int | None) -> float:
     """Multiply-adds of one sparse layer for the tokens of one image (of one ensemble member)."""
     moe, tokens, dim = config.moe, config.num_tokens, config.hidden_size
     per_token = 2 * dim * config.mlp_dim
+    group = _group_size(config, batch_size)
     if moe.router == "soft":
         router = model.moe_layer(layer).router
         assert isinstance(router, SoftRouter)
-        slots = router.mu.shape[0] * router.mu.shape[1]
-        return slots * per_token + 3 * tokens * slots * dim  # logits, dispatch, combine
-    setting = moe.routing(layer)
+        slots = router.mu.shape[0] * router.mu.shape[1]  # of a group, which is an image unless it has a size
+        groups = tokens / moe.group_size if isinstance(moe.group_size, int) else 1
+        return groups * slots * per_token + 3 * tokens * slots * dim  # logits, dispatch, combine
     gate = tokens * dim * moe.num_experts / config.ensemble_size
-    if moe.router == "expert_choice":
-        return gate + tokens * min(setting.capacity_factor, moe.num_experts) * per_token
-    return gate + tokens * setting.num_selected_experts * min(1.0, setting.capacity_factor) * per_token
+    return gate + tokens * _experts_per_token(config, layer, group) * per_token
+
+
+def _group_size(config: ModelConfig, batch_size: int | None) -> int | None:
+    """Tokens of a routing group, copies of an ensemble included; None where it is not known."""
+    size, of_image = config.moe.group_size, config.num_tokens * config.ensemble_size
+    if isinstance(size, int):
+        return size
+    if size == "image":
+        return of_image
+    return None if batch_size is None else batch_size * of_image
+
+
+def _experts_per_token(config: ModelConfig, layer: int, group: int | None) -> float:
+    """Requests per token that the experts have places for, for groups of `group` tokens."""
+    moe, setting = config.moe, config.moe.routing(layer)
+    choosers = moe.num_experts if moe.router == "expert_choice" else setting.num_selected_experts
+    k = 1 if moe.router == "expert_choice" else setting.num_selected_experts
+    if group is None:
+        return min(choosers, k * setting.capacity_factor)
+    rounding = moe.capacity_ceil_or_round, moe.capacity_multiple_of
+    capacity = rounded_capacity(group * k, moe.num_experts, setting.capacity_factor, *rounding)
+    return min(choosers, moe.num_experts * capacity / group)
 
 
 def _head(config: ModelConfig) -> int:
@@ -46,6 +75,11 @@ def _head(config: ModelConfig) -> int:
     width = config.representation_size or dim
     pool = 0
     if config.pooling == "map":
-        pool = dim * dim + config.num_tokens * 2 * dim * dim + 2 * config.num_tokens * dim + dim * dim
+        pool = config.num_tokens * 2 * dim * dim + 2 * config.num_tokens * dim + dim * dim
         pool += 2 * dim * config.mlp_dim
     return pool + (dim * width if config.representation_size else 0) + width * (config.num_classes or 0)
+
+
+def _probe(config: ModelConfig, batch_size: int | None) -> float:
+    """The query of attention pooling is computed once a call, so it matters in small batches alone."""
+    return config.hidden_size**2 / batch_size if config.pooling == "map" and batch_size else 0

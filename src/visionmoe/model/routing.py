@@ -78,7 +78,22 @@ def compute_capacity(
     """Buffer places per expert and group for `num_tokens` requests (tokens of a group times K).
 
     multiple_of raises the result to a multiple (None or 0: off). ValueError when it is below 1 before that.
+    A result that changes the factor is said in the log; `rounded_capacity` is the same without a word.
     """
+    capacity = rounded_capacity(num_tokens, num_experts, capacity_factor, ceil_or_round, multiple_of)
+    if not torch.compiler.is_compiling():
+        _say_rounded(num_tokens, num_experts, capacity_factor, capacity)
+    return capacity
+
+
+def rounded_capacity(
+    num_tokens: int,
+    num_experts: int,
+    capacity_factor: float,
+    ceil_or_round: Literal["ceil", "round"],
+    multiple_of: int | None,
+) -> int:
+    """See `compute_capacity`."""
     if ceil_or_round not in ("ceil", "round"):
         raise ValueError(f"ceil_or_round must be 'ceil' or 'round', got {ceil_or_round!r}")
     asked = num_tokens * capacity_factor / num_experts
@@ -88,10 +103,7 @@ def compute_capacity(
             f"capacity must be at least 1, got {capacity} from num_tokens={num_tokens}, "
             f"num_experts={num_experts}, capacity_factor={capacity_factor}"
         )
-    capacity += -capacity % multiple_of if multiple_of else 0
-    if not torch.compiler.is_compiling():
-        _say_rounded(num_tokens, num_experts, capacity_factor, capacity)
-    return capacity
+    return capacity + (-capacity % multiple_of if multiple_of else 0)
 
 
 @functools.lru_cache(maxsize=1024)  # each case is said once

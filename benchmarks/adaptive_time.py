@@ -1,0 +1,187 @@
+"""Time of adaptive inference: whether fewer places for tokens save the time that they save operations.
+
+    python benchmarks/adaptive_time.py --out benchmarks/results/adaptive_time_cpu.json
+
+Three parts, forward only, every setting in turns with C = 1 (neighbours in time), medians over the repetitions; `ratio`
+and `time_share` are medians of the ratios to the C = 1 of the same round.
+
+layer:   one MoE layer of B/16 size (D 768, F 3072, E 8, K 2) on 8 images x 197 tokens, router included.
+         Targets: at most 0.6 at C = 0.5, at most 0.25 at C = 0.15.
+router:  the router of that layer alone: the part that no capacity makes cheaper.
+models:  V-MoE-B/16 (E 8, every 2) at batch 8, and a small model: share of the time against share of the operations at
+         K = 2 and 1. Target: within 5 points.
+
+Routers of random models prefer some experts. So that C = 1 keeps nearly all requests, as in a trained model, gates get
+zero weights and the tokens' choices come from the training noise.
+"""
+
+import argparse
+import datetime
+import functools
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import visionmoe as vm
+from visionmoe.config import MoEConfig, RoutingSetting
+from visionmoe.files import write_json
+from visionmoe.model.moe import MoE
+from visionmoe.model.router import Router
+
+LAYER_TARGETS = {0.5: 0.6, 0.15: 0.25}
+MODEL_TARGET = 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="small sizes, to see that it runs")
+    arguments = parser.parse_args()
+    layer, router = layer_rows(arguments)
+    for row in (*layer, *router):
+        print(row, flush=True)
+    models = model_rows(arguments)
+    for row in models:
+        print(row, flush=True)
+    machine = {"cpu": _cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    write_json(
+        arguments.out,
+        {
+            "date": str(datetime.date.today()),
+            "machine": machine,
+            "command": " ".join(["python", *sys.argv]),
+            "repeats": arguments.repeats,
+            "layer": layer,
+            "router": router,
+            "models": models,
+        },
+    )
+
+
+def layer_rows(arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Rows of the layer by capacity, and of its router alone; for the dtypes that people serve in."""
+    hidden, width, images, tokens = (64, 256, 2, 17) if arguments.small else (768, 3072, 8, 197)
+    layers, routers = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        moe = MoE(MoEConfig(num_experts=8, layers=(0,)), 0, hidden, width)
+        moe.reset_parameters()
+        balanced(moe).to(dtype)
+        x = torch.randn(images, tokens, hidden, dtype=dtype)
+        for priority in (False, True):
+            settings = {c: RoutingSetting(2, c, priority) for c in (1.0, *LAYER_TARGETS)}
+            kept: dict[float, list[int]] = {c: [] for c in settings}
+            times = in_turns({c: layer_call(moe, x, s, kept[c]) for c, s in settings.items()}, arguments)
+            for c in settings:
+                row = {"dtype": str(dtype).removeprefix("torch."), "batch_priority": priority, "capacity_factor": c}
+                row |= {"kept_requests": round(statistics.mean(kept[c])), **compared(times, c, 1.0)}
+                row |= {"target": LAYER_TARGETS.get(c), "met": row["ratio"] <= LAYER_TARGETS.get(c, float("inf"))}
+                layers.append(row)
+            group = x.view(1, -1, hidden)
+            alone = in_turns({c: functools.partial(moe.router, group, s) for c, s in settings.items()}, arguments)
+            routers += [
+                {"dtype": layers[-1]["dtype"], "batch_priority": priority, "capacity_factor": c,
+                 "share_of_layer_at_1": round(statistics.median(alone[c]) / statistics.median(times[1.0]), 4),
+                 **compared(alone, c, 1.0)}
+                for c in settings
+            ]  # fmt: skip
+    return layers, routers
+
+
+def layer_call(moe: MoE, x: torch.Tensor, setting: RoutingSetting, kept: list[int]) -> Callable[[], None]:
+    def call() -> None:
+        moe.setting = setting
+        metrics = moe(x).metrics
+        kept.append(round(float(1 - metrics["dropped"]) * x.shape[0] * x.shape[1] * setting.num_selected_experts))
+
+    return call
+
+
+def model_rows(arguments: argparse.Namespace) -> list[dict]:
+    small = vm.ModelConfig(
+        image_size=32, patch_size=4, hidden_size=192, num_layers=6, mlp_dim=768, num_heads=3, num_classes=10,
+        moe=MoEConfig(num_experts=8, layers=(1, 3, 5)),
+    )  # fmt: skip
+    models = {"small (D 192, 6 blocks, every 2), batch 64": (small, 64)}
+    if not arguments.small:
+        models["V-MoE-B/16 e8 every2, batch 8"] = (vm.get_config("vmoe_b16_e8_every2"), 8)
+    settings = {(k, c): RoutingSetting(k, c, True) for k, c in ((2, 1.0), (2, 0.5), (2, 0.15), (1, 1.0), (1, 0.5))}
+    rows = []
+    for name, (config, batch) in models.items():
+        torch.manual_seed(0)
+        model = balanced(vm.create_model(config))
+        images = torch.rand(batch, 3, *config.image_hw) * 2 - 1
+        flops = {}
+        calls = {}
+        for key, setting in settings.items():
+            change(model, setting)
+            flops[key] = vm.count_flops(model, batch_size=batch)
+            calls[key] = model_call(model, images, setting)
+        times = in_turns(calls, arguments)
+        for key in settings:
+            share = flops[key] / flops[2, 1.0]
+            row = {"model": name, "num_selected_experts": key[0], "capacity_factor": key[1], "gflops": flops[key] / 1e9}
+            row |= {"flops_share": round(share, 4), **compared(times, key, (2, 1.0))}
+            row["time_share_minus_flops_share"] = round(row["ratio"] - share, 4)
+            row |= {"target": MODEL_TARGET, "met": abs(row["time_share_minus_flops_share"]) <= MODEL_TARGET}
+            rows.append(row)
+        del model
+    return rows
+
+
+def model_call(model: vm.VisionTransformer, images: torch.Tensor, setting: RoutingSetting) -> Callable[[], None]:
+    def call() -> None:
+        change(model, setting)
+        model(images)
+
+    return call
+
+
+def change(model: vm.VisionTransformer, setting: RoutingSetting) -> None:
+    model.set_routing(setting.num_selected_experts, setting.capacity_factor, setting.batch_priority)
+
+
+def balanced(module: nn.Module) -> nn.Module:
+    """Evaluation mode but for the routers, whose noise alone chooses: all experts are as likely."""
+    module.eval()
+    for router in module.modules():
+        if isinstance(router, Router):
+            nn.init.zeros_(router.gate.weight)
+            router.train()
+    return module
+
+
+def in_turns(calls: dict, arguments: argparse.Namespace) -> dict:
+    """Seconds of every call, one after the other in each round."""
+    times: dict = {name: [] for name in calls}
+    with torch.no_grad():
+        for _ in range(arguments.warmup + arguments.repeats):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+    return {name: own[arguments.warmup :] for name, own in times.items()}
+
+
+def compared(times: dict, name: object, reference: object) -> dict:
+    ratios = [a / b for a, b in zip(times[name], times[reference], strict=True)]
+    return {"ms": round(statistics.median(times[name]) * 1e3, 2), "ratio": round(statistics.median(ratios), 4)}
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""`visionmoe sweep`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from visionmoe.analysis.compute_per_image import draw_compute_per_image
+from visionmoe.cli.options import Sweep
+from visionmoe.cli.shared import evaluation_images, load_model, output_folder, progress
+from visionmoe.config import RoutingSetting, to_dict
+from visionmoe.data.loader import EvalLoader
+from visionmoe.evaluate.adaptive import (
+    DensePoint,
+    SweepPoint,
+    check_sweep,
+    layer_settings,
+    pareto_frontier,
+    restored_routing,
+    routing_grid,
+    set_routing,
+    sweep,
+)
+from visionmoe.evaluate.classify import ClassificationEvaluator
+from visionmoe.evaluate.store import ResultStore, StoredEvaluator, context_of, stored_timing
+from visionmoe.evaluate.timing import Routing
+from visionmoe.files import write_json
+from visionmoe.model.flops import count_flops
+from visionmoe.model.vit import VisionTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """The dense model, the same images at its size, and the first batch of them."""
+
+    model: VisionTransformer
+    loader: EvalLoader
+    first: Tensor
+
+
+def run(options: Sweep) -> None:
+    from visionmoe.analysis import figures  # before the work: matplotlib may be missing
+
+    out = output_folder(options.out)
+    model = load_model(options.path, options.config, options.device)
+    settings, layers = grid(options, model)
+    loader = evaluation_images(options, model)
+    dense = None if options.dense is None else open_dense(options, loader)
+    first = first_batch(loader)
+    store = ResultStore(out)
+    points = evaluate_points(options, model, loader, first, settings, layers, store)
+    dense_point = None if dense is None else evaluate_dense(options, dense, store)
+    points, dense_point, timing = with_times(options, model, loader, first, points, layers, dense, dense_point, store)
+    figures.accuracy_against_compute(out / "accuracy_vs_compute.png", points, dense=dense_point)
+    figures.accuracy_against_time(out / "accuracy_vs_time.png", points, dense=dense_point)
+    print("Recording what each image gets")
+    per_image = draw_compute_per_image(
+        out / "per_image_compute.png", model, loader, loader.class_names, autocast=options.bf16
+    )
+    frontier = pareto_frontier(points)
+    write_json(
+        out / "results.json",
+        {
+            "command": "sweep",
+            "model": options.path,
+            "data": loader.config.source,
+            "split": loader.config.eval_split,
+            "batch_size": loader.config.eval_batch_size,
+            "num_images": loader.num_images,
+            "own_routing": {str(layer): to_dict(s) for layer, s in layer_settings(model).items()},
+            "layers": sorted(layers or model.moe_layers),
+            "points": [described(point, best) for point, best in zip(points, frontier, strict=True)],
+            "pareto_frontier": sorted(
+                (described(point, True) for point, best in zip(points, frontier, strict=True) if best),
+                key=lambda point: point["flops"],
+            ),
+            "dense": None if dense_point is None else {"model": options.dense, **described(dense_point)},
+            "timing": timing,
+            "per_image_compute": per_image,
+            "broken_images": loader.broken,
+        },
+    )
+    for line in table(points, dense_point):
+        print(line)
+    print(f"everything: {out / 'results.json'}, pictures: {out}/accuracy_vs_compute.png, accuracy_vs_time.png, "
+          "per_image_compute.png")  # fmt: skip
+
+
+def grid(options: Sweep, model: VisionTransformer) -> tuple[tuple[RoutingSetting, ...], tuple[int, ...] | None]:
+    """The settings to try, and the layers that get them (None: all); ValueError before any work is done."""
+    orders = {"vanilla": (False,), "batch-priority": (True,), "both": (False, True)}[options.order]
+    experts = options.num_selected_experts or (model.config.moe.num_selected_experts,)
+    settings = tuple(dict.fromkeys(routing_grid(experts, options.capacity_factors, orders)))
+    if not settings:
+        raise ValueError("capacity_factors must name at least one factor")
+    layers = options.layers or None
+    check_sweep(model, settings, layers)
+    return settings, layers
+
+
+def first_batch(loader: EvalLoader) -> Tensor:
+    """Images (B, C, H, W) of the first batch."""
+    for images, _, _ in loader:
+        return images
+    raise ValueError("the data has no images")
+
+
+def open_dense(options: Sweep, loader: EvalLoader) -> Dense:
+    """The model to compare with, on the same images. ValueError for one with experts or too few classes."""
+    assert options.dense is not None
+    model = load_model(options.dense, options.dense_config, options.device)
+    config = model.config
+    if model.moe_layers:
+        raise ValueError(f"--dense must be a model without experts, {options.dense} has some in {model.moe_layers}")
+    if config.num_classes is None or config.num_classes < loader.num_classes:
+        raise ValueError(f"--dense has {config.num_classes} classes, {loader.config.source} has {loader.num_classes}")
+    data = dataclasses.replace(loader.config, image_size=config.image_size, in_channels=config.in_channels)
+    own = EvalLoader(data, source=loader.source)
+    return Dense(model, own, first_batch(own))
+
+
+def evaluate_points(
+    options: Sweep,
+    model: VisionTransformer,
+    loader: EvalLoader,
+    first: Tensor,
+    settings: Sequence[RoutingSetting],
+    layers: tuple[int, ...] | None,
+    store: ResultStore,
+) -> list[SweepPoint]:
+    """Every setting on all images; those in the store are not evaluated again."""
+    context = context_of(model, loader, first, autocast=options.bf16)
+    others = len(store) - store.count({"model": context["model"], "data": context["data"]})
+    if others:
+        print(f"{store.path} also holds {others} results of other models or images; they are left alone")
+    with progress("sweeping", len(settings) * loader.num_images) as advance:
+        evaluator = StoredEvaluator(
+            ClassificationEvaluator(loader, autocast=options.bf16, on_batch=advance),
+            store,
+            context,
+            on_reuse=lambda: advance(loader.num_images),
+        )
+        points = sweep(model, evaluator, settings, layers=layers, batch_size=len(first))
+    if evaluator.reused:
+        print(f"{evaluator.reused} of {len(settings)} settings were evaluated before")
+    return points
+
+
+def evaluate_dense(options: Sweep, dense: Dense, store: ResultStore) -> DensePoint:
+    context = context_of(dense.model, dense.loader, dense.first, autocast=options.bf16)
+    with progress("dense model", dense.loader.num_images) as advance:
+        classify = ClassificationEvaluator(dense.loader, autocast=options.bf16, on_batch=advance)
+        result = StoredEvaluator(classify, store, context)(dense.model)
+    return DensePoint(result["top1"], result["loss"], count_flops(dense.model), result["model_images_per_second"])
+
+
+def with_times(
+    options: Sweep,
+    model: VisionTransformer,
+    loader: EvalLoader,
+    first: Tensor,
+    points: Sequence[SweepPoint],
+    layers: tuple[int, ...] | None,
+    dense: Dense | None,
+    dense_point: DensePoint | None,
+    store: ResultStore,
+) -> tuple[list[SweepPoint], DensePoint | None, dict[str, Any]]:
+    """The points with speeds that were measured in turns, and how."""
+    context = context_of(model, loader, first, autocast=options.bf16)
+    others = [] if dense is None else [(dense.model, dense.first)]
+    with progress("timing", (len(points) + len(others)) * 8) as advance:
+        seconds, how = stored_timing(
+            store, context, model, first, [settings_of(model, point, layers) for point in points],
+            others=others, autocast=options.bf16, on_run=lambda: advance(1),
+        )  # fmt: skip
+    speeds = [len(first) / own for own in seconds]
+    timed = [dataclasses.replace(p, images_per_second=s) for p, s in zip(points, speeds, strict=False)]
+    if dense is not None and dense_point is not None:
+        dense_point = dataclasses.replace(dense_point, images_per_second=len(dense.first) / seconds[-1])
+    return timed, dense_point, how
+
+
+def settings_of(model: VisionTransformer, point: SweepPoint, layers: tuple[int, ...] | None) -> Routing:
+    """What every layer does at a point of the sweep."""
+    with restored_routing(model):
+        setting = RoutingSetting(point.num_selected_experts, point.capacity_factor, point.batch_priority)
+        set_routing(model, setting, layers)
+        return layer_settings(model)
+
+
+def described(point: SweepPoint | DensePoint, on_frontier: bool | None = None) -> dict[str, Any]:
+    """A point as results.json has it."""
+    extra = {} if on_frontier is None else {"on_pareto_frontier": on_frontier}
+    return {**dataclasses.asdict(point), "milliseconds_per_image": 1000 / point.images_per_second, **extra}
+
+
+def table(points: Sequence[SweepPoint], dense: DensePoint | None = None) -> list[str]:
+    """One line per setting."""
+    lines = ["K  order           capacity  top-1   loss    MFLOP/image  dropped  images/s"]
+    for p in points:
+        order = "batch-priority" if p.batch_priority else "vanilla"
+        lines.append(
+            f"{p.num_selected_experts}  {order:<14}  {p.capacity_factor:8.2f}  {p.top1:6.2%}  {p.loss:.4f}  "
+            f"{p.flops / 1e6:11.2f}  {p.dropped:7.1%}  {p.images_per_second:8.0f}"
+        )
+    if dense is not None:
+        lines.append(
+            f"   {'dense model':<14}  {'':8}  {dense.top1:6.2%}  {dense.loss:.4f}  {dense.flops / 1e6:11.2f}  "
+            f"{'':7}  {dense.images_per_second:8.0f}"
+        )
+    return lines

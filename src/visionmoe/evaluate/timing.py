@@ -1,0 +1,112 @@
+"""Time of forward passes: several ways to run, one after the other in rounds, and the median of each.
+
+Taking turns makes what slows the machine for a while slow all of them, so that they stay comparable.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionmoe.config import RoutingSetting
+from visionmoe.evaluate.adaptive import apply_routing, restored_routing
+from visionmoe.evaluate.classify import autocast_context, evaluation_mode, prepare
+from visionmoe.model.vit import VisionTransformer
+
+ROUNDS, SECONDS = 7, 90.0
+Routing = dict[int, RoutingSetting]  # block number -> its setting
+
+
+@dataclass(frozen=True)
+class Timing:
+    """seconds: median of one call, for each that was timed. rounds: how often each ran, one uncounted call before."""
+
+    seconds: tuple[float, ...]
+    rounds: int
+
+    def images_per_second(self, batch_sizes: Sequence[int]) -> list[float]:
+        return [size / seconds for size, seconds in zip(batch_sizes, self.seconds, strict=True)]
+
+
+def take_turns(
+    runs: Sequence[Callable[[], None]],
+    *,
+    rounds: int = ROUNDS,
+    max_seconds: float = SECONDS,
+    on_run: Callable[[], None] | None = None,
+) -> Timing:
+    """Times every run once a round, after one uncounted round.
+
+    Stops before a round that would pass `max_seconds`, but not before the first: large models get fewer rounds.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
+    for number in range(rounds + 1):
+        began = time.perf_counter()
+        for run, own in zip(runs, times, strict=True):
+            before = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - before)
+            if on_run is not None:
+                on_run()
+        now = time.perf_counter()
+        if number and now - start + (now - began) > max_seconds:
+            break
+    counted = [own[1:] for own in times]
+    return Timing(tuple(statistics.median(own) for own in counted), len(counted[0]))
+
+
+def forward_call(model: nn.Module, images: Tensor, *, autocast: bool = False) -> Callable[[], None]:
+    """A call that runs the model on the images (moved to its device now) and waits until that is done."""
+    images = prepare(model, images)
+
+    def call() -> None:
+        with autocast_context(model, autocast):
+            model(images)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+
+    return call
+
+
+def time_settings(
+    model: VisionTransformer,
+    images: Tensor,
+    settings: Sequence[Routing],
+    *,
+    others: Sequence[tuple[nn.Module, Tensor]] = (),
+    autocast: bool = False,
+    max_seconds: float = SECONDS,
+    on_run: Callable[[], None] | None = None,
+) -> Timing:
+    """Times the model at every setting, and other models on their own images, in turns. Routing is restored."""
+    call = forward_call(model, images, autocast=autocast)
+
+    def at(setting: Routing) -> Callable[[], None]:
+        def run() -> None:
+            apply_routing(model, setting)
+            call()
+
+        return run
+
+    runs = [at(setting) for setting in settings]
+    runs += [forward_call(other, own, autocast=autocast) for other, own in others]
+    with restored_routing(model), evaluation_mode(model, *(other for other, _ in others)):
+        return take_turns(runs, max_seconds=max_seconds, on_run=on_run)
+
+
+def how_measured(timing: Timing, batch_size: int, device: torch.device) -> dict[str, Any]:
+    """What a reader of the results needs to know about the times."""
+    return {
+        "method": "forward passes of one batch held in memory (no decoding); all settings and models in turns, "
+        "one uncounted round before; median of the rounds",
+        **{name: value for name, value in asdict(timing).items() if name == "rounds"},
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
