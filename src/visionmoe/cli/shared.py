@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from visionmoe.checkpoint.load import load
-from visionmoe.cli.options import Analyze, Evaluate, Sweep, Tune
+from visionmoe.cli.options import ModelOnImages
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import KINDS
@@ -56,7 +56,7 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def evaluation_images(options: Evaluate | Sweep | Tune | Analyze, model: VisionTransformer) -> EvalLoader:
+def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalLoader:
     """The images that the options name, at the model's size; by default those on which a run evaluates itself.
 
     ValueError when no images are named or they have more classes than the model.
