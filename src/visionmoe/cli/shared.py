@@ -18,8 +18,13 @@ from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.config import read_config
 
 
-def output_folder(path: Path) -> Path:
-    """Makes the folder and proves that it can be written, before any work is done. OSError names it."""
+def output_folder(path: Path, *, of_run: bool = False) -> Path:
+    """Makes the folder and proves that it can be written, before any work is done. OSError names it.
+
+    ValueError for the folder of a training run, whose files other commands would overwrite, unless `of_run`.
+    """
+    if not of_run and (path / "checkpoints").is_dir():
+        raise ValueError(f"--out {path} is the folder of a training run, whose results.json is its own: give another")
     path.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=path):
