@@ -1,6 +1,8 @@
 """Conversion between the released format and our directories: bit for bit, both ways."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,5 +105,5 @@ def test_a_kill_between_the_two_renames(tmp_path, monkeypatch, same):
         loaded = vm.load(tmp_path).state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in second.state_dict().items())
     else:
-        with pytest.raises(FileNotFoundError, match="config.json"):
+        with pytest.raises(FileNotFoundError, match=r"config\.json"):
             vm.load(tmp_path)
