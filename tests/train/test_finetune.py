@@ -151,6 +151,7 @@ def test_evaluation_prepares_images_as_the_run_that_is_fine_tuned(trained, tmp_p
     # At another size the crop keeps its proportion: 34 / 28 * 49 = 59.5.
     assert finetune(base, tmp_path / "large", "--steps", "0", "--image-size", "49") == 0
     assert read_config(str(tmp_path / "large" / "config.json")).data.eval_resize == 60
+    assert same(tmp_path / "large", evaluated(base, tmp_path / "e", "--image-size", "49"))
 
 
 # -- the head ----------------------------------------------------------------------------------------------------

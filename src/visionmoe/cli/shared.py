@@ -76,8 +76,9 @@ def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalL
         "workers": options.workers,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    changes |= {"image_size": config.image_size, "in_channels": config.in_channels}
-    data = dataclasses.replace(data_of_run(options.path, required=options.data is None), **changes)
+    changes |= {"in_channels": config.in_channels}
+    own = data_of_run(options.path, required=options.data is None).at_size(config.image_size)
+    data = dataclasses.replace(own, **changes)
     loader = EvalLoader(data)
     if loader.num_classes > config.num_classes:
         raise ValueError(f"the model has {config.num_classes} classes, {data.source} has {loader.num_classes}")
