@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,8 @@ MISTAKES = {
     "a run is there": ("train --steps 3 --out run", "run already holds a run"),
     "nothing to resume": ("train --steps 3 --out empty --resume", "empty holds no run to resume"),
     "another config on resume": ("train --steps 4 --out run --resume", "a resumed run must keep its config"),
+    "another recipe on resume": ("train --recipe fashion_mnist_dense --out run --resume", "must keep its config: "),
+    "out is a run": ("evaluate run --out run", "--out run is the folder of a training run"),
     "no output folder": ("convert run", "required but missing: --out DIR"),
     "no such prefix": ("convert ckpt --config run/model/config.json --out new", "ckpt"),
     "not a format": ("convert run --to onnx --out new", "('safetensors', 'vmoe')"),
@@ -148,6 +151,17 @@ def test_a_missing_extra_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert main(["sweep", "run"]) == 2
     assert "needs matplotlib, which is not installed: pip install 'visionmoe[figures]'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("too_much", [lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)])
+def test_out_of_memory_is_one_line(
+    too_much: Callable[[], object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("visionmoe.cli.evaluation.run", lambda options: too_much())
+    assert main(["evaluate", "run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("visionmoe evaluate: out of memory (") and error.count("\n") == 1
+    assert "--batch-size" in error
 
 
 def test_as_a_program(tmp_path: Path):

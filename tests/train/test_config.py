@@ -10,7 +10,6 @@ from visionmoe.train.config import (
     TrainConfig,
     assign,
     read_config,
-    with_image_size,
     with_model,
 )
 from visionmoe.train.recipes import FINETUNING, FROM_SCRATCH, dense_twin, get_finetuning, get_recipe
@@ -72,7 +71,14 @@ def test_assign_image_size_sets_model_and_data():
     config = assign(get_recipe("fashion_mnist"), ["image_size=56", "in_channels=3"])
     assert config.model.image_size == config.data.image_size == 56
     assert config.model.in_channels == config.data.in_channels == 3
-    assert with_image_size(config, (28, 56)).model.image_hw == (28, 56)
+    assert assign(config, ["image_size=[28, 56]"]).model.image_hw == (28, 56)
+
+
+def test_assign_image_size_keeps_the_proportion_of_the_evaluation_crop():
+    config = assign(get_recipe("fashion_mnist"), ["data.eval_resize=32"])
+    assert assign(config, ["image_size=56"]).data.eval_resize == 64  # 32 / 28 * 56
+    for order in (["image_size=56", "data.eval_resize=60"], ["data.eval_resize=60", "image_size=56"]):
+        assert assign(config, order).data.eval_resize == 60
 
 
 @pytest.mark.parametrize(

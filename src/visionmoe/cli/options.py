@@ -50,8 +50,8 @@ class Finetune:
     """A run, a folder that save_pretrained wrote, a released checkpoint's name, or its PREFIX with --model-config."""
     data: Text = None
     """Images, as for train. Default: those of the run, or of the recipe."""
-    recipe: str = "finetune"
-    """Recipe: finetune, finetune_imagenet or finetune_cifar10."""
+    recipe: Text = None
+    """Recipe: finetune (the default), finetune_imagenet or finetune_cifar10."""
     model_config: File = None
     """config.json of a released PREFIX."""
     out: Folder = None

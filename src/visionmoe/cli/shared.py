@@ -18,8 +18,13 @@ from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.config import read_config
 
 
-def output_folder(path: Path) -> Path:
-    """Makes the folder and proves that it can be written, before any work is done. OSError names it."""
+def output_folder(path: Path, *, of_run: bool = False) -> Path:
+    """Makes the folder and proves that it can be written, before any work is done. OSError names it.
+
+    ValueError for the folder of a training run, whose files other commands would overwrite, unless `of_run`.
+    """
+    if not of_run and (path / "checkpoints").is_dir():
+        raise ValueError(f"--out {path} is the folder of a training run, whose results.json is its own: give another")
     path.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=path):
@@ -71,8 +76,9 @@ def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalL
         "workers": options.workers,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    changes |= {"image_size": config.image_size, "in_channels": config.in_channels}
-    data = dataclasses.replace(data_of_run(options.path, required=options.data is None), **changes)
+    changes |= {"in_channels": config.in_channels}
+    own = data_of_run(options.path, required=options.data is None).at_size(config.image_size)
+    data = dataclasses.replace(own, **changes)
     loader = EvalLoader(data)
     if loader.num_classes > config.num_classes:
         raise ValueError(f"the model has {config.num_classes} classes, {data.source} has {loader.num_classes}")

@@ -115,7 +115,7 @@ def open_dense(options: Sweep, loader: EvalLoader) -> Dense:
         raise ValueError(f"--dense must be a model without experts, {options.dense} has some in {model.moe_layers}")
     if config.num_classes is None or config.num_classes < loader.num_classes:
         raise ValueError(f"--dense has {config.num_classes} classes, {loader.config.source} has {loader.num_classes}")
-    data = dataclasses.replace(loader.config, image_size=config.image_size, in_channels=config.in_channels)
+    data = dataclasses.replace(loader.config.at_size(config.image_size), in_channels=config.in_channels)
     own = EvalLoader(data, source=loader.source)
     return Dense(model, own, first_batch(own))
 

@@ -110,8 +110,10 @@ def write_pretrained(
         text = json.dumps(to_dict(written), indent=1) + "\n"
         stack.enter_context(atomic_write(directory / CONFIG_NAME)).write_text(text, encoding="utf-8")
         save_file(tensors, stack.enter_context(atomic_write(directory / WEIGHTS_NAME)), metadata={"format": "pt"})
-        # Old weights must not be read with the new config, should the renaming be interrupted.
-        (directory / CONFIG_NAME).unlink(missing_ok=True)
+        # New weights must not be read with another model's config, should the renaming be interrupted.
+        old = directory / CONFIG_NAME
+        if old.is_file() and old.read_bytes() != text.encode():
+            old.unlink()
 
 
 def read_pretrained_config(directory: str | os.PathLike) -> PretrainedConfig:
