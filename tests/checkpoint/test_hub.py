@@ -195,7 +195,7 @@ def test_card_states_the_facts_and_is_kept_once_it_is_there(hub, model):
     for branch in (None, "main"):
         model.push_to_hub("user/name", branch=branch)
         assert hub.repos["user/name"][-1]["README.md"] == b"written by hand"
-    with pytest.raises(FileNotFoundError, match="user/name on .* has no such revision"):
+    with pytest.raises(FileNotFoundError, match=r"user/name on .* has no such revision"):
         model.push_to_hub("user/name", branch="nowhere")
 
 

@@ -118,8 +118,8 @@ def test_recipe_mistakes():
 
 
 def test_finetuning_takes_the_size_that_a_folder_states(tmp_path):
-    model = vm.ModelConfig(image_size=(28, 56), patch_size=14, in_channels=1, num_classes=5, hidden_size=16, num_layers=1,
-                           mlp_dim=24, num_heads=2)  # fmt: skip
+    model = vm.ModelConfig(image_size=(28, 56), patch_size=14, in_channels=1, num_classes=5, hidden_size=16,
+                           num_layers=1, mlp_dim=24, num_heads=2)  # fmt: skip
     vm.create_model(model).save_pretrained(tmp_path)
     config = get_finetuning("finetune", str(tmp_path))
     assert (config.data.image_size, config.data.in_channels) == ((28, 56), 1)
