@@ -62,15 +62,14 @@ def open_dense(
     .safetensors file is; without it heads of 64, exact GELU and images in [-1, 1] are taken for granted. ValueError
     for one of these that the source does not need.
     """
+    where = f"this {type(model_or_path).__name__}" if isinstance(model_or_path, nn.Module) else os.fspath(model_or_path)
+    if timm_model is not None and not where.endswith(".safetensors"):
+        raise ValueError(f"timm_model is for .safetensors files with timm's names, got {where}")
     if isinstance(model_or_path, nn.Module):
         if config is not None:
-            raise _own_config(f"this {type(model_or_path).__name__}")
+            raise _own_config(where)
         source = _of_module(model_or_path)
-        where = type(model_or_path).__name__
     else:
-        where = os.fspath(model_or_path)
-        if timm_model is not None and not where.endswith(".safetensors"):
-            raise ValueError(f"timm_model is for .safetensors files with timm's names, got {where}")
         source = _of_path(where, config, timm_model)
     if source.config.moe.layers:
         raise ValueError(f"{where} has sparse layers already, {list(source.config.moe.layers)}: give a dense ViT")
