@@ -277,6 +277,7 @@ def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.C
     setting = found["tuned"]["routing"]["1"]
     assert model.config.moe.routing(1) == vm.RoutingSetting(**setting)
     assert setting["batch_priority"]
+    assert model.class_names is not None and model.class_names == vm.load(trained / "model").class_names
     before, after = vm.load(trained / "model").state_dict(), model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "tuned_routing.png").stat().st_size > 10_000

@@ -58,7 +58,7 @@ def test_files_of_our_layout_are_identical(tmp_path):
 
 
 def test_preprocessing_is_carried_along(tmp_path):
-    preprocessing = Preprocessing((32, 32), mean=(0.1, 0.2, 0.3), resize="small")
+    preprocessing = Preprocessing((32, 32), mean=(0.1, 0.2, 0.3), resize="small", resize_to=40)
     write_pretrained(tmp_path / "a", SMALL, vm.create_model(SMALL).state_dict(), preprocessing)
     run_convert(ConvertConfig(str(tmp_path / "a"), str(tmp_path / "b")))
     assert files(tmp_path / "a", "config.json") == files(tmp_path / "b", "config.json")

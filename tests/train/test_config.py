@@ -4,6 +4,7 @@ import json
 import pytest
 
 import visionmoe as vm
+from visionmoe.checkpoint import params_to_vmoe, write_vmoe
 from visionmoe.config import from_dict, to_dict
 from visionmoe.train.config import (
     OptimizerConfig,
@@ -123,10 +124,22 @@ def test_recipe_mistakes():
 
 
 def test_finetuning_takes_the_size_that_a_folder_states(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"image_size": [28, 56], "in_channels": 1}}))
+    model = vm.ModelConfig(image_size=(28, 56), patch_size=14, in_channels=1, num_classes=5, hidden_size=16,
+                           num_layers=1, mlp_dim=24, num_heads=2)  # fmt: skip
+    vm.create_model(model).save_pretrained(tmp_path)
     config = get_finetuning("finetune", str(tmp_path))
     assert (config.data.image_size, config.data.in_channels) == ((28, 56), 1)
     assert get_finetuning("finetune", "vmoe_x").data.image_size == 224
+
+
+def test_finetuning_takes_the_size_of_a_checkpoint_with_its_config(tmp_path):
+    model = vm.ModelConfig(image_size=32, patch_size=8, in_channels=1, num_classes=5, hidden_size=16, num_layers=1,
+                           mlp_dim=24, num_heads=2)  # fmt: skip
+    write_vmoe(tmp_path / "ckpt", params_to_vmoe(vm.create_model(model).state_dict(), model))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(model)))
+    config = get_finetuning("finetune", str(tmp_path / "ckpt"), str(tmp_path / "config.json"))
+    assert (config.data.image_size, config.data.in_channels) == (32, 1)
+    assert config.init_config == str(tmp_path / "config.json")
 
 
 def test_read_config_names_the_file(tmp_path):

@@ -145,6 +145,7 @@ def test_evaluation_prepares_images_as_the_run_that_is_fine_tuned(trained, tmp_p
     sets = [word for text in [*TINY, "data.eval_resize=34"] for word in ("--set", text)]
     assert main(["train", "--steps", "2", "--out", str(base), *sets]) == 0
     expected = evaluated(base, tmp_path / "e")
+    assert vm.load(base / "model").preprocessing.resize_to == 34
     assert finetune(base, tmp_path / "tuned", "--steps", "0") == 0
     assert read_config(str(tmp_path / "tuned" / "config.json")).data.eval_resize == 34
     assert same(tmp_path / "tuned", expected)

@@ -189,7 +189,7 @@ class Fewshot:
     image_size: Integer = None
     """Pixels, in the place of the model's own size; position embeddings are resized."""
     eval_resize: Integer = None
-    """Resize the smaller side to so many pixels and crop the centre. Default: resize to the model's size."""
+    """Resize the smaller side to so many pixels and crop the centre. Default: as the model says."""
     batch_size: Integer = None
     """Images per forward pass."""
     workers: Integer = None
@@ -268,5 +268,7 @@ class Upcycle:
     """Of the noise and the routers."""
     data: Text = None
     """Images to compare the two models on, as for evaluate. Default: random ones."""
+    split: Text = None
+    """Part of --data, e.g. train. Default: test."""
     images: int = 8
     """How many images to compare on."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from visionmoe.cli.options import Tune
-from visionmoe.cli.shared import data_of_run, evaluation_images, load_model, model_folder, output_folder, progress
+from visionmoe.cli.shared import data_of_run, evaluation_images, load_model, output_folder, progress
 from visionmoe.cli.sweep import first_batch
 from visionmoe.config import to_dict
 from visionmoe.data.loader import EvalLoader
@@ -22,7 +22,6 @@ from visionmoe.evaluate.store import ResultStore, StoredEvaluator, context_of, d
 from visionmoe.evaluate.tune import Candidate, Routing, Tuned, check_budget, check_tunable, most_evaluations, tune
 from visionmoe.files import write_json
 from visionmoe.model.flops import count_flops
-from visionmoe.model.pretrained import CONFIG_NAME, read_pretrained_config, write_pretrained
 from visionmoe.model.vit import VisionTransformer
 
 CALIBRATION_IMAGES = 4000
@@ -54,7 +53,7 @@ def run(options: Tune) -> int:
     tuned, budget, speed = work.tuned()
     measured = work.held_out(tuned)
     apply_routing(model, tuned.chosen.routing)
-    save(options, model)
+    model.save_pretrained(options.out / "model")  # with the names of classes and the preprocessing that it came with
     routings = {"present": work.present, "uniform": tuned.uniform.routing, "tuned": tuned.chosen.routing}
     chosen = {"uniform": tuned.uniform, "tuned": tuned.chosen}
     figures.tuned_routing(out / "tuned_routing.png", routings, tuned.tried, chosen, budget)
@@ -185,16 +184,6 @@ def open_images(options: Tune, model: VisionTransformer) -> Images:
 
 def names(source: Source) -> set[str]:
     return {source.name(index) for index in range(len(source))}
-
-
-def save(options: Tune, model: VisionTransformer) -> None:
-    """OUT/model, with the preprocessing that the model came with."""
-    origin = f"{model_folder(options.path)}/{CONFIG_NAME}"
-    try:
-        preprocessing = read_pretrained_config(origin).preprocessing
-    except (ValueError, OSError):  # a released checkpoint has the reference's
-        preprocessing = None
-    write_pretrained(options.out / "model", model.config, model.state_dict(), preprocessing)
 
 
 def results_of(

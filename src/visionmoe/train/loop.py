@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from visionmoe.data.loader import TrainLoader
 from visionmoe.files import write_json
 from visionmoe.model.flops import count_flops
+from visionmoe.model.pretrained import Preprocessing
 from visionmoe.train.config import TrainConfig
 from visionmoe.train.log import History, Means, RunLog, read_log, router_health
 from visionmoe.train.progress import ProgressLine
@@ -183,7 +184,10 @@ class Trainer:
             return
         self._save()
         with self.parts.averaged():
-            self.parts.model.save_pretrained(Path(self.config.out) / "model", self.parts.source.class_names)
+            preprocessing = Preprocessing.of(self.parts.model.config, self.config.data.eval_resize)
+            self.parts.model.save_pretrained(
+                Path(self.config.out) / "model", self.parts.source.class_names, preprocessing
+            )
         self._evaluate(self.evaluators)
         self.finished = True
 
