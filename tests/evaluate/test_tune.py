@@ -167,6 +167,39 @@ def test_models_that_cannot_be_tuned():
         tune(vm.create_model(CONFIG, router="expert_choice"), 1, never, never)
 
 
+@pytest.mark.parametrize("share", [0.75, 0.9, 0.97])
+def test_small_groups_have_few_capacities_and_stay_within_the_budget(share: float):
+    """17 tokens, 8 experts, places in fours: K = 1 costs 1 expert per token, K = 2 32 / 17 or 2, nothing between."""
+    torch.manual_seed(0)
+    model = vm.create_model(CONFIG.replace(pooling="token", num_experts=8, group_size="image")).eval()
+    torch.nn.init.normal_(model.head.weight)
+    result, budget = run(model, share)
+    assert all(c.flops <= budget for c in (result.uniform, result.chosen))
+    if share < 0.97:
+        assert {s.num_selected_experts for s in result.uniform.routing.values()} == {1}
+
+
+def test_a_budget_above_what_one_expert_costs_also_tries_one_expert(model: vm.VisionTransformer):
+    result, budget = run(model, 0.9)
+    uniform = [c.routing[1] for c in result.tried if c.stage == "uniform"]
+    assert [s.num_selected_experts for s in uniform] == [1, 2]
+    assert uniform[0].capacity_factor >= 1
+    assert all(c.flops <= budget for c in result.tried if c.stage == "uniform")
+
+
+def test_capacities_that_round_to_no_place_are_not_tried():
+    """16 tokens, 4 experts: K = 1 at C = 0.05 * 2 is 0.4 places, which round to 0."""
+    torch.manual_seed(0)
+    rounded = CONFIG.replace(group_size="image", capacity_ceil_or_round="round", capacity_multiple_of=None)
+    model = vm.create_model(rounded).eval()
+    torch.nn.init.normal_(model.head.weight)
+    result, budget = run(model, 0.7)
+    assert result.chosen.flops <= budget
+    for candidate in result.tried:
+        for s in candidate.routing.values():
+            assert round(16 * s.num_selected_experts * s.capacity_factor / 4) >= 1
+
+
 def clock(model: vm.VisionTransformer, slope: float = 1e-9, start: float = 1e-4):
     """A machine whose time per image is start + slope * operations."""
 
