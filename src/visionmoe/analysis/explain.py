@@ -110,9 +110,9 @@ def _classes(out: Path, results: Results) -> Section:
             "router does not look at what the image shows."
         ],
         [
-            f"A token counts for {rows}, whether or not it found a place{sums}. Rows and columns are ordered to bring the structure out, in every block by "
-            "itself: experts in the chain whose neighbours have the most similar classes, classes by the expert that "
-            "they prefer over the average class."
+            f"A token counts for {rows}, whether or not it found a place{sums}. Rows and columns are ordered to bring "
+            "the structure out, in every block by itself: experts in the chain whose neighbours have the most similar "
+            "classes, classes by the expert that they prefer over the average class."
         ],
         [(out / "experts_by_class.png", "Heat maps of the share of each class's tokens per expert")],
     )
