@@ -21,7 +21,6 @@ from visionmoe.analysis.pictures import spread_batch
 from visionmoe.cli import main
 from visionmoe.config import to_dict
 from visionmoe.data import DataConfig, EvalLoader
-from visionmoe.data.decode import BrokenImageError
 from visionmoe.data.sources import ArraySource
 
 CONFIG = vm.ModelConfig(
@@ -145,10 +144,10 @@ def test_a_few_broken_images_do_not_stop_the_pictures():
     """One of 200 images is broken, 0.5 % of all, but 20 % of the five that are spread over them."""
 
     class Broken(ArraySource):
-        def decode(self, index: int, *rest: int) -> np.ndarray:
+        def read(self, index: int) -> np.ndarray:
             if index == 0:
-                raise BrokenImageError("broken")
-            return super().decode(index, *rest)
+                raise OSError("broken")
+            return super().read(index)
 
     source = Broken(np.zeros((200, 28, 28), np.uint8), np.arange(200) % 10, tuple("abcdefghij"))
     images, _, _ = spread_batch(EvalLoader(DataConfig(eval_batch_size=5), source=source))

@@ -167,7 +167,7 @@ def test_models_that_cannot_be_tuned():
         tune(vm.create_model(CONFIG, router="expert_choice"), 1, never, never)
 
 
-@pytest.mark.parametrize("share", [0.75, 0.9, 0.97])
+@pytest.mark.parametrize("share", [0.83, 0.9, 0.97])
 def test_small_groups_have_few_capacities_and_stay_within_the_budget(share: float):
     """17 tokens, 8 experts, places in fours: K = 1 costs 1 expert per token, K = 2 32 / 17 or 2, nothing between."""
     torch.manual_seed(0)
@@ -175,7 +175,7 @@ def test_small_groups_have_few_capacities_and_stay_within_the_budget(share: floa
     torch.nn.init.normal_(model.head.weight)
     result, budget = run(model, share)
     assert all(c.flops <= budget for c in (result.uniform, result.chosen))
-    if share < 0.97:
+    if share < 0.94:  # two layers of K = 1, of which each saves 0.09
         assert {s.num_selected_experts for s in result.uniform.routing.values()} == {1}
 
 
