@@ -122,7 +122,7 @@ def test_capacities_that_round_to_no_place_are_found_before_anything_is_evaluate
         return {}
 
     settings = routing_grid([1], [1.0, 0.1], [False])
-    with pytest.raises(ValueError, match="capacity must be at least 1, got 0 .* capacity_factor=0.1"):
+    with pytest.raises(ValueError, match=r"capacity must be at least 1, got 0 .* capacity_factor=0.1"):
         sweep(model, evaluate, settings, batch_size=1)
     assert not calls
     assert len(sweep(model, ClassificationEvaluator(batches(2)), settings, batch_size=2)) == 2
