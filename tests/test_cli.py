@@ -292,32 +292,6 @@ def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.C
         assert again["evaluations"]["reused"] >= 3
 
 
-def test_what_can_be_done_with_a_tuned_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    out, images = str(tmp_path / "tuned"), ["--data", "fashion-mnist", "--split", "test[:40]"]
-    tune = ["tune", "--flops", "0.9", "--calibration-split", "train[:60]"]
-    assert main([*tune, str(trained), "--split", "test[:40]", "--out", out]) == 0
-    for command in ("evaluate", "analyze", "sweep"):
-        capsys.readouterr()
-        assert main([command, out, "--out", str(tmp_path / command)]) == 2
-        assert f"{out} is no run that says its images: give --data, one of" in capsys.readouterr().err
-    assert main(["evaluate", out, *images, "--out", str(tmp_path / "evaluate")]) == 0
-    tuned = results(tmp_path / "tuned")["tuned"]
-    assert results(tmp_path / "evaluate")["top1"] == tuned["held_out"]["top1"]
-    # The experts per token of its layer, not those that were in force before.
-    factors = ["--capacity-factors", "0.5", "--order", "batch-priority"]
-    assert main(["sweep", out, *images, *factors, "--out", str(tmp_path / "sweep")]) == 0
-    swept = results(tmp_path / "sweep")
-    k = tuned["routing"]["1"]["num_selected_experts"]
-    assert (
-        swept["points"][0]["num_selected_experts"] == swept["per_image_compute"]["setting"]["num_selected_experts"] == k
-    )
-    capsys.readouterr()
-    weights = (tmp_path / "tuned" / "model" / "model.safetensors").stat().st_mtime_ns
-    assert main([*tune, out, *images, "--out", out]) == 2
-    assert "holds the model that is tuned, which would be overwritten" in capsys.readouterr().err
-    assert (tmp_path / "tuned" / "model" / "model.safetensors").stat().st_mtime_ns == weights
-
-
 def test_evaluate_at_another_setting(trained: Path, tmp_path: Path):
     changes = ["--num-selected-experts", "1", "--capacity-factor", "0.5", "--batch-priority", "True"]
     arguments = [*changes, "--bf16", "--split", "test[:50]", "--image-size", "35", "--out", str(tmp_path)]

@@ -1,6 +1,7 @@
 """Tuning on a model of which the test knows what each layer is worth."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -198,6 +199,27 @@ def test_capacities_that_round_to_no_place_are_not_tried():
     for candidate in result.tried:
         for s in candidate.routing.values():
             assert round(16 * s.num_selected_experts * s.capacity_factor / 4) >= 1
+
+
+def test_settings_whose_loss_is_not_finite_are_worse_than_all_others(model: vm.VisionTransformer):
+    """Losses that are not numbers where block 3 has less than half of an expert."""
+    calibrate = CalibratedEvaluator(batches(model, 1))
+
+    def broken(model: vm.VisionTransformer) -> dict:
+        result = calibrate(model)
+        return result | ({"calibrated_loss": math.nan} if level_of(model.config.moe.routing(3)) < 0.5 else {})
+
+    budget = round(0.8 * vm.count_flops(model, batch_size=64))
+    check = CalibratedEvaluator(batches(model, 2), keep_images=True)
+    result = tune(model, budget, broken, check, batch_size=64)
+    assert result.kept == "tuned"
+    assert any(math.isinf(c.calibrated_loss) for c in result.tried)
+
+    def never_finite(model: vm.VisionTransformer) -> dict:
+        return {"calibrated_loss": math.nan, "top1": 0.0}
+
+    with pytest.raises(ValueError, match="not finite at any setting"):
+        tune(model, budget, never_finite, check, batch_size=64)
 
 
 def clock(model: vm.VisionTransformer, slope: float = 1e-9, start: float = 1e-4):

@@ -77,7 +77,16 @@ class Statistics:
                     tables[int(layer)][name] = stored[key]
             layers = {layer: LayerStatistics.of_arrays(arrays) for layer, arrays in tables.items()}
             return cls(shapes, layers, about["num_images"], about["next_image"], about["broken"])
-        except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            OSError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             _log.warning("%s is not a file of statistics (%s); it is made anew", path, one_line(error))
             return None
 

@@ -51,7 +51,11 @@ class ResultStore:
                 except (ValueError, TypeError, KeyError):
                     damaged += 1
             if damaged:
-                _log.warning("%s: %d lines are damaged; what they held is worked out again", self.path, damaged)
+                _log.warning(
+                    "%s: %d lines are damaged or of another version; what they held is worked out again",
+                    self.path,
+                    damaged,
+                )
 
     def __len__(self) -> int:
         return len(self._values)

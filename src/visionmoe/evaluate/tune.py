@@ -192,7 +192,9 @@ class Search:
         apply_routing(self.model, routing)
         result = self.evaluate(self.model)
         flops = count_flops(self.model, batch_size=self.batch_size)
-        self.tried.append(Candidate(dict(routing), flops, result["calibrated_loss"], result["top1"], stage))
+        loss = result["calibrated_loss"]
+        loss = loss if math.isfinite(loss) else math.inf  # worse than all others
+        self.tried.append(Candidate(dict(routing), flops, loss, result["top1"], stage))
         return self.tried[-1]
 
     def uniform(self) -> Candidate:
@@ -210,7 +212,10 @@ class Search:
                 f"no setting with one K and capacity for all layers is within {self.budget / 1e6:.2f} MFLOP per image: "
                 "the groups have too few tokens for so few places"
             )
-        return min(candidates, key=lambda c: c.calibrated_loss)
+        best = min(candidates, key=lambda c: c.calibrated_loss)
+        if not math.isfinite(best.calibrated_loss):
+            raise ValueError("the loss on the calibration images is not finite at any setting for all layers")
+        return best
 
     def sensitivity(self, base: Candidate) -> dict[int, LayerCurve]:
         """Step 2: curves of the loss by one layer's level, the others at the base."""
@@ -223,8 +228,11 @@ class Search:
                     routing = {**base.routing, layer: setting_at(k, level, own)}
                     if self._cost(routing) > 0:
                         points.append((level, self.try_out(routing, "sensitivity").calibrated_loss))
+                points = [point for point in points if math.isfinite(point[1])]
                 if points:
                     by_k[k] = tuple(points)
+            if not by_k:
+                raise ValueError(f"no setting of block {layer} has a finite loss on the calibration images")
             curves[layer] = LayerCurve(by_k)
         return curves
 
@@ -306,7 +314,7 @@ def _verdict(
 ) -> tuple[Literal["tuned", "uniform"], str]:
     if same:
         return "uniform", "no setting by layer had a lower loss than the uniform one on the calibration images"
-    gains = np.array(uniform["image_losses"]) - np.array(tuned["image_losses"])
+    gains = np.array(uniform["image_losses"], float) - np.array(tuned["image_losses"], float)
     error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else math.inf
     said = (
         f"on the check images the loss is {gains.mean():.4f} +- {error:.4f} lower than with the uniform setting, "
