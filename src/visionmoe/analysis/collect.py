@@ -24,6 +24,8 @@ from visionmoe.files import atomic_write
 from visionmoe.model.vit import VisionTransformer
 
 _log = logging.getLogger(__name__)
+# What reading a file raises that was cut, is empty or holds something else.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
@@ -77,16 +79,7 @@ class Statistics:
                     tables[int(layer)][name] = stored[key]
             layers = {layer: LayerStatistics.of_arrays(arrays) for layer, arrays in tables.items()}
             return cls(shapes, layers, about["num_images"], about["next_image"], about["broken"])
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            OSError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
+        except _DAMAGE as error:
             _log.warning("%s is not a file of statistics (%s); it is made anew", path, one_line(error))
             return None
 
