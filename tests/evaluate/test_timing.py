@@ -54,6 +54,17 @@ def test_slow_models_get_smaller_batches():
     assert affordable_batch(model, images, 2, max_seconds=0.01) == 1
 
 
+def test_small_batches_that_are_only_tried_say_nothing_of_their_capacity(caplog: pytest.LogCaptureFixture):
+    model = vm.create_model(
+        "vmoe_s32_e8_last2", image_size=64, num_classes=3, num_layers=2, layers=(1,), hidden_size=64
+    )
+    model.set_routing(capacity_factor=1.0123)  # a case that no other test has: each is said once
+    assert affordable_batch(model, torch.rand(16, 3, 64, 64), 2) == 16
+    assert not caplog.records
+    model.eval()(torch.rand(3, 3, 64, 64))
+    assert "capacity_factor 1.0123 was asked" in caplog.text
+
+
 def test_settings_are_restored_and_fewer_places_take_less_time():
     torch.manual_seed(0)
     model = vm.create_model(

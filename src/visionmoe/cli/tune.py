@@ -87,7 +87,7 @@ class Work:
     def __init__(self, options: Tune, model: VisionTransformer, images: Images, store: ResultStore) -> None:
         self.options, self.model, self.images, self.store = options, model, images, store
         self.present = layer_settings(model)
-        self.first = first_batch(images.calibration)
+        self.first = max(map(first_batch, (images.calibration, images.held_out)), key=len)  # what is timed
         self.context = context_of(model, images.calibration, autocast=options.bf16)
         self.batch_size = images.held_out.config.eval_batch_size
         self.timing: dict[str, Any] = {}  # how the latest times were measured

@@ -7,7 +7,7 @@ import contextlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from visionmoe.evaluate.adaptive import LayerSettings, apply_routing, restored_routing
 from visionmoe.evaluate.classify import autocast_context, evaluation_mode, prepare
+from visionmoe.model.routing import logger
 from visionmoe.model.vit import VisionTransformer
 
 ROUNDS, SECONDS = 7, 90.0
@@ -115,7 +116,7 @@ def affordable_batch(
 
     seconds: dict[int, float] = {}
     size = 1
-    with evaluation_mode(model):
+    with evaluation_mode(model), _without_words():
         while True:
             call = forward_call(model, images[:size], autocast=autocast)
             began = time.perf_counter()
@@ -126,6 +127,17 @@ def affordable_batch(
             if not fits(2 * size, size):
                 return size
             size = min(2 * size, len(images))
+
+
+@contextlib.contextmanager
+def _without_words() -> Iterator[None]:
+    """No word about the rounding of capacities in batches that are only tried."""
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def device_name(device: torch.device) -> str:
