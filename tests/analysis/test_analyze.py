@@ -14,7 +14,7 @@ from PIL import Image
 import visionmoe as vm
 from visionmoe.analysis import figures
 from visionmoe.analysis.analyze import Analysis, AnalysisConfig
-from visionmoe.analysis.explain import _classes, _positions, _weights
+from visionmoe.analysis.explain import _classes, _facts, _positions, _weights
 from visionmoe.analysis.gallery import Crop
 from visionmoe.analysis.html import Section, Table, page
 from visionmoe.analysis.pictures import spread_batch
@@ -152,6 +152,21 @@ def test_a_few_broken_images_do_not_stop_the_pictures():
     source = Broken(np.zeros((200, 28, 28), np.uint8), np.arange(200) % 10, tuple("abcdefghij"))
     images, _, _ = spread_batch(EvalLoader(DataConfig(eval_batch_size=5), source=source))
     assert len(images) == 4
+
+
+def test_the_facts_tell_the_routing_that_is_in_force():
+    def routing(model: vm.VisionTransformer) -> str:
+        results = {"model_config": to_dict(model.config), "layers": {"1": {}, "2": {}}, "model": "m", "data": "d",
+                   "num_images": 1, "split": "s", "class_names": [], "batch_size": 1, "top1": 0.5,
+                   "broken_images": {}}  # fmt: skip
+        return dict(_facts(results).rows)["Routing"]
+
+    model = make()
+    assert routing(model) == "top 2 of 4 experts, capacity factor 1.05, vanilla order"
+    for layer, k in ((1, 1), (2, 3)):
+        model.set_routing(k, 0.5, True, layers=[layer])
+    text = "top 1 or 3 of 4 experts, capacity factor 0.5, batch-priority order, some blocks have their own"
+    assert routing(model) == text
 
 
 def test_the_words_for_expert_choice_and_normalised_weights(tmp_path: Path):

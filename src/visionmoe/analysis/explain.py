@@ -61,10 +61,16 @@ def in_short(results: Results) -> list[str]:
 
 def _facts(results: Results) -> Table:
     moe = results["model_config"]["moe"]
-    routers = {"top_k": f"top {moe['num_selected_experts']} of {moe['num_experts']} experts",
+    own = moe["layer_routing"] or {}
+    used = [own.get(n, moe) for n in results["layers"]]  # where every block has its own, the common one is in no use
+    k, capacity, order = (
+        " or ".join(str(value) for value in sorted({setting[name] for setting in used}))
+        for name in ("num_selected_experts", "capacity_factor", "batch_priority")
+    )
+    order = {"True": "batch-priority", "False": "vanilla"}.get(order, "vanilla or batch-priority")
+    routers = {"top_k": f"top {k} of {moe['num_experts']} experts",
                "expert_choice": f"expert choice, {moe['num_experts']} experts"}  # fmt: skip
-    order = "batch-priority" if moe["batch_priority"] else "vanilla"
-    routing = f"{routers[moe['router']]}, capacity factor {moe['capacity_factor']:g}"
+    routing = f"{routers[moe['router']]}, capacity factor {capacity}"
     routing += f", {order} order" if moe["router"] == "top_k" else ""
     routing += f", ensemble of {moe['ensemble_size']}" if moe["ensemble_size"] > 1 else ""
     routing += ", some blocks have their own" if moe["layer_routing"] else ""
