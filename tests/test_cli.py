@@ -243,12 +243,18 @@ def test_sweep_of_some_layers_beside_a_dense_model(workplace: Path, capsys: pyte
     # Again, with one setting more: the eight are not evaluated again, and are the same to the last digit.
     capsys.readouterr()
     arguments[3:5] = ["1.0", "0.3", "0.5"]
+    drawn = (workplace / "swept" / "per_image_compute.png").stat().st_mtime_ns
     assert main(arguments) == 0
-    assert "8 of 12 settings were evaluated before" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "8 of 12 settings were evaluated before" in out
+    assert "results of other models" not in out  # those of the dense model are not
+    assert (workplace / "swept" / "per_image_compute.png").stat().st_mtime_ns == drawn
+    assert results(workplace / "swept")["per_image_compute"] == first["per_image_compute"]
     second = results(workplace / "swept")
     old = [p for p in second["points"] if p["capacity_factor"] != 0.5]
     keys = ("num_selected_experts", "capacity_factor", "batch_priority", "top1", "loss", "flops", "dropped")
     assert [[p[k] for k in keys] for p in old] == [[p[k] for k in keys] for p in first["points"]]
+    assert all(p["finite"] for p in second["points"])
     # Other images in the same folder are not mixed with them.
     assert main([*arguments, "--split", "test[100:150]"]) == 0
     out = capsys.readouterr().out
@@ -273,7 +279,8 @@ def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.C
     assert found["tuned"]["flops"] <= found["budget"]["flops"] <= found["present"]["flops"]
     assert found["tuned"]["held_out"]["top1"] >= found["uniform"]["held_out"]["top1"]  # one sparse layer: the same
     model = vm.load(tmp_path / "model")
-    assert vm.count_flops(model, batch_size=100) == found["tuned"]["flops"]
+    assert (found["batch_size"], found["calibration_batch_size"]) == (256, 100)
+    assert vm.count_flops(model, batch_size=256) == found["tuned"]["flops"]
     setting = found["tuned"]["routing"]["1"]
     assert model.config.moe.routing(1) == vm.RoutingSetting(**setting)
     assert setting["batch_priority"]
@@ -283,11 +290,21 @@ def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "tuned_routing.png").stat().st_size > 10_000
     text = capsys.readouterr().out
     assert "kept:" in text and "present" in text
-    # Again: nothing is evaluated again.
-    assert main([*arguments, *budget]) == code
+    # Again: nothing is evaluated again, but speeds are measured again, and may then ask for another budget.
+    again_code = main([*arguments, *budget])
     again = results(tmp_path)
-    assert again["evaluations"] == {"new": 0, "reused": found["evaluations"]["new"] + found["evaluations"]["reused"]}
-    assert again["tuned"] == found["tuned"]
+    assert again["budget"] == found["budget"] or found["speed"] is not None
+    if found["speed"] is None:
+        assert again_code == 0
+        done = found["evaluations"]
+        assert again["evaluations"] == {"new": 0, "reused": done["new"] + done["reused"]}
+        speeds = [one["tuned"]["held_out"].pop("images_per_second") for one in (found, again)]
+        assert again["tuned"] == found["tuned"]
+        assert speeds[0] != speeds[1]
+    else:
+        assert again_code == (0 if again["speed"]["met"] else 1)
+        assert again["speed"]["reached"] != found["speed"]["reached"]
+        assert again["evaluations"]["reused"] >= 3
 
 
 def test_evaluate_at_another_setting(trained: Path, tmp_path: Path):

@@ -106,7 +106,8 @@ def names_differ(model_names: Sequence[str] | None, data_names: Sequence[str]) -
 
 def data_of_run(path: str, *, required: bool) -> DataConfig:
     """The images of the run in `path`; where there is no run, the defaults, or ValueError when `required`."""
-    if (Path(path) / "model" / "config.json").is_file():
+    folder = Path(path)  # tune and others leave a model, too, but no config of images beside it
+    if (folder / "model" / "config.json").is_file() and (folder / "config.json").is_file():
         return read_config(str(Path(path) / "config.json")).data
     if required:
         raise ValueError(f"{path} is no run that says its images: give --data, one of {KINDS}")
