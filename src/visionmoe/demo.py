@@ -17,7 +17,7 @@ from visionmoe.checkpoint.load import load
 from visionmoe.cli.evaluation import summary
 from visionmoe.cli.main import warnings_on_stderr
 from visionmoe.cli.shared import output_folder, progress
-from visionmoe.cli.sweep import first_batch, table
+from visionmoe.cli.sweep import table
 from visionmoe.cli.training import DEFAULT_RECIPE, train
 from visionmoe.config import to_dict
 from visionmoe.data.loader import EvalLoader
@@ -90,7 +90,7 @@ def run_sweep(model: VisionTransformer, loader: EvalLoader, store: ResultStore) 
     print(f"Evaluating the trained model at {len(settings)} routing settings")
     with progress("sweep", len(settings) * loader.num_images) as advance:
         classify = ClassificationEvaluator(loader, on_batch=advance)
-        context = context_of(model, loader, first_batch(loader), autocast=False)
+        context = context_of(model, loader, autocast=False)
         return sweep(
             model, StoredEvaluator(classify, store, context, on_reuse=lambda: advance(loader.num_images)), settings
         )

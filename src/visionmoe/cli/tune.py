@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from visionmoe.cli.options import Tune
-from visionmoe.cli.shared import data_of_run, evaluation_images, load_model, output_folder, progress
+from visionmoe.cli.shared import data_of_run, evaluation_images, load_model, model_folder, output_folder, progress
 from visionmoe.cli.sweep import first_batch
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import Slice, Source, open_source
