@@ -94,9 +94,11 @@ def finetune_config(options: Finetune) -> TrainConfig:
     stored = stored_config(options)
     if stored is not None:
         return changed(as_given(stored, options), options, Path(stored.out))
-    config = get_finetuning(options.recipe or FINETUNING_RECIPE, model_folder(options.path))
-    if options.model_config is not None:
-        config = dataclasses.replace(config, init_config=str(options.model_config))
+    config = get_finetuning(
+        options.recipe or FINETUNING_RECIPE,
+        model_folder(options.path),
+        None if options.model_config is None else str(options.model_config),
+    )
     config = dataclasses.replace(
         config,
         data=finetune_data(options, config.data),
