@@ -3,7 +3,7 @@
     python benchmarks/claims/capacity.py --data-set cifar10 --images parquet:PATH
     python benchmarks/claims/capacity.py --data-set fashion_mnist
 
-Every seed's V-MoE on all test images with K as trained; the dense twin's accuracy is there to compare.
+Every seed's V-MoE on the images of --split, with K as trained; the dense twin is there to compare.
 """
 
 import figures
@@ -15,7 +15,7 @@ from visionmoe.evaluate.adaptive import routing_grid
 
 def main() -> None:
     parser = runs.parser(__doc__)
-    parser.add_argument("--capacity-factors", type=float, nargs="+", default=[1.5, 1.05, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05])
+    parser.add_argument("--capacity-factors", type=float, nargs="+", default=[1.5, 1.05, 0.5, 0.3, 0.2, 0.1, 0.05])
     arguments = parser.parse_args()
     sparse, dense = (runs.trained(arguments, kind) for kind in runs.KINDS)
     experts = runs.facts(sparse[0])["experts"]
@@ -25,7 +25,7 @@ def main() -> None:
         "trained_capacity_factor": experts["capacity_factor"],
         "batch_size": sparse[0].config.data.eval_batch_size,
         "rows": routing.evaluate_settings(arguments, sparse, settings),
-        "dense": routing.dense_rows(dense),
+        "dense": routing.evaluate_dense(arguments, dense),
     }
     report = runs.write_report(arguments, "capacity", content)
     figures.draw("capacity", report, arguments.pictures)

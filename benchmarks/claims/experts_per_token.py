@@ -31,7 +31,7 @@ def main() -> None:
         "same_places": routing.evaluate_settings(
             arguments, sparse, [RoutingSetting(k, places / k, False) for k in arguments.experts]
         ),
-        "dense": routing.dense_rows(dense),
+        "dense": routing.evaluate_dense(arguments, dense),
     }
     report = runs.write_report(arguments, "experts_per_token", content)
     figures.draw("experts_per_token", report, arguments.pictures)

@@ -8,11 +8,14 @@ from typing import Any
 import runs
 from runs import Run
 
+from torch import Tensor
+
 from visionmoe.config import RoutingSetting
 from visionmoe.data.loader import EvalLoader
 from visionmoe.evaluate.adaptive import sweep
 from visionmoe.evaluate.classify import ClassificationEvaluator
 from visionmoe.evaluate.store import ResultStore, StoredEvaluator, context_of
+from visionmoe.model.vit import VisionTransformer
 
 
 def evaluate_settings(
@@ -34,14 +37,25 @@ def evaluate_run(run: Run, loader: EvalLoader, settings: Sequence[RoutingSetting
     """The points of one run's model, as `visionmoe sweep` has them, in the order of the settings."""
     model = run.model()
     first = next(iter(loader))[0]
-    store = ResultStore(run.folder)
-    evaluate = StoredEvaluator(ClassificationEvaluator(loader), store, context_of(model, loader, first, autocast=False))
+    evaluate = stored_evaluator(run, loader, model, first)
     points = sweep(
         model, evaluate, settings, batch_size=len(first), on_point=lambda p: print(run.folder, p, flush=True)
     )
     return [asdict(point) for point in points]
 
 
-def dense_rows(dense: Sequence[Run]) -> dict[str, Any]:
-    """The dense twin on the same images, as its runs evaluated it at their end."""
-    return {"flops": dense[0].results["flops_per_image"], "top1": runs.over_seeds([run.top1 for run in dense])}
+def evaluate_dense(arguments: argparse.Namespace, dense: Sequence[Run]) -> dict[str, Any]:
+    """The dense twin on the same images: flops per image, and top1 over the seeds."""
+    loader, top1 = runs.loader_of(arguments, dense[0]), []
+    for run in dense:
+        model = run.model()
+        evaluate = stored_evaluator(run, loader, model, next(iter(loader))[0])
+        top1.append(evaluate(model)["top1"])
+        print(run.folder, top1[-1], flush=True)
+    return {"flops": dense[0].results["flops_per_image"], "top1": runs.over_seeds(top1)}
+
+
+def stored_evaluator(run: Run, loader: EvalLoader, model: VisionTransformer, first: Tensor) -> StoredEvaluator:
+    """first: the images of the loader's first batch. Results are kept in the run's folder."""
+    context = context_of(model, loader, first, autocast=False)
+    return StoredEvaluator(ClassificationEvaluator(loader), ResultStore(run.folder), context)

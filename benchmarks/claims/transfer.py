@@ -3,8 +3,8 @@
     python benchmarks/claims/transfer.py --data-set cifar10 --images parquet:PATH
     python benchmarks/claims/transfer.py --data-set fashion_mnist --target parquet:PATH
 
-Few-shot: ridge regression on frozen features, k images per class out of train[:10000], all test images, as
-`visionmoe fewshot` does it, on the target and on the images that the models were trained on. Fine-tuning: every seed's
+Few-shot: ridge regression on frozen features, k images per class out of train[:5000], as `visionmoe fewshot`
+does it, on the target's test images and on those of --split of the images that the models were trained on. Fine-tuning: every seed's
 model with a new head, and for comparison the same model from scratch, on the target's --subset, with the recipe's
 optimizer and the same number of steps; the peak learning rates of the two are options.
 """
@@ -66,11 +66,11 @@ def parse() -> argparse.Namespace:
 def few_shot(arguments: argparse.Namespace, own: list[Run]) -> dict[str, list[dict[str, Any]]]:
     """{"target": [...], "own": [...]}: for every number of shots the accuracy over the runs, each a mean over the draws
     of images."""
-    sources = {"target": arguments.target, "own": runs.source_of(arguments, own[0])}
+    sources = {"target": (arguments.target, "test"), "own": (runs.source_of(arguments, own[0]), arguments.split)}
     accuracies: dict[str, list[list[float]]] = {name: [] for name in sources}
     for run in own:
-        data = [FewShotData(name, few_shot_loader(run, source, "train[:10000]"), few_shot_loader(run, source, "test"))
-                for name, source in sources.items()]  # fmt: skip
+        data = [FewShotData(name, few_shot_loader(run, source, "train[:5000]"), few_shot_loader(run, source, split))
+                for name, (source, split) in sources.items()]  # fmt: skip
         cache = FeatureCache(run.folder / "features")
         evaluator = FewShotEvaluator(data, shots=arguments.shots, seeds=arguments.few_shot_seeds, cache=cache)
         for result in evaluator.evaluate(run.model()):
