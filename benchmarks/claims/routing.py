@@ -7,7 +7,6 @@ from typing import Any
 
 import runs
 from runs import Run
-
 from torch import Tensor
 
 from visionmoe.config import RoutingSetting
