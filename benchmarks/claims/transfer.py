@@ -3,10 +3,10 @@
     python benchmarks/claims/transfer.py --data-set cifar10 --images parquet:PATH
     python benchmarks/claims/transfer.py --data-set fashion_mnist --target parquet:PATH
 
-Few-shot: ridge regression on frozen features, k images per class out of train[:5000], as `visionmoe fewshot` does it, on
-the target's test images and on those of --split of the images that the models were trained on. Fine-tuning: every seed's
-model with a new head, and for comparison the same model from scratch, on the target's --subset, with the recipe's
-optimizer and the same number of steps; the peak learning rates of the two are options.
+Few-shot: ridge regression on frozen features, k images per class out of train[:5000], as `visionmoe fewshot` does it,
+on the target's test images and on those of --split of the images that the models were trained on. Fine-tuning: every
+seed's model with a new head, and for comparison the same model from scratch, on the target's --subset, with the
+recipe's optimizer and the same number of steps; the peak learning rates of the two are options.
 """
 
 import argparse
