@@ -36,7 +36,7 @@ RUNS = ("start", "dense", "upcycled")
 def main() -> None:
     arguments = parse()
     rows = []
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         row = one_seed(arguments, seed)
         if row is None:
             sys.exit(130)
@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", default="fashion_mnist", choices=("fashion_mnist", "cifar10_small"))
     parser.add_argument("--data", help="images in the place of the recipe's")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="others than those on which a setting was chosen")
     parser.add_argument("--dense-steps", type=int, default=1000)
     parser.add_argument("--more-steps", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of both continued runs")

@@ -15,7 +15,7 @@ from visionmoe.train.config import (
 )
 from visionmoe.train.recipes import FINETUNING, FROM_SCRATCH, dense_twin, get_finetuning, get_recipe
 
-SMALL = ("fashion_mnist", "cifar10_small", "cifar10_small_dense")
+SMALL = ("fashion_mnist", "fashion_mnist_dense", "cifar10_small", "cifar10_small_dense")
 
 
 @pytest.mark.parametrize("name", [*FROM_SCRATCH, *FINETUNING])

@@ -22,7 +22,8 @@ class Train:
     """Train a model from a recipe or a config file."""
 
     recipe: Text = None
-    """Recipe: fashion_mnist (the default), cifar10_small, cifar10_small_dense, imagenet21k or imagenet1k."""
+    """Recipe: fashion_mnist (the default), cifar10_small, either with _dense for its dense twin, imagenet21k
+    or imagenet1k."""
     config: File = None
     """config.json of an earlier run, to repeat it."""
     out: Folder = None

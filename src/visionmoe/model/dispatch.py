@@ -24,6 +24,8 @@ def run_segments(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
     weights = routing.combine_weights.reshape(-1)[request]
     if not torch.is_grad_enabled():
         return infer_segments(tokens, weights, segments, experts)
+    for linear in (experts.fc1, experts.fc2):
+        linear.packed.release()
     parameters = (experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias)
     return SegmentExperts.apply(tokens, weights, segments, experts.approximate, *parameters)
 

@@ -83,12 +83,17 @@ class PackedWeights:
     """Every expert's weight as the products want it: packed for oneDNN in bfloat16 on a CPU, else as it is.
 
     Packed weights are made at first use, and again when the parameter has changed: by its address, its version, and
-    some of its values, which also sees most changes through `.data`. Copies of a model start without.
+    some of its values, which also sees most changes through `.data`. Copies of a model start without, and training
+    releases them.
     """
 
     def __init__(self) -> None:
         self._origin: _Origin | None = None
         self._packed: list[Tensor] = []
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self._origin, self._packed = None, []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeights, ()
