@@ -36,7 +36,8 @@ def equal_compute(report: Report) -> list[str]:
     """Accuracy at every evaluation, and what follows from the curves."""
     curves = report["curves"]
     rows = []
-    for number, point in enumerate(curves["sparse"][0]):
+    for number in thinned(len(curves["sparse"][0]), 7):
+        point = curves["sparse"][0][number]
         found = {kind: [one[number]["top1"] for one in curves[kind]] for kind in NAMES}
         minutes = {kind: _mean([one[number]["train_seconds"] for one in curves[kind]]) / 60 for kind in NAMES}
         differences = [s - d for s, d in zip(found["sparse"], found["dense"], strict=True)]
@@ -185,6 +186,12 @@ TABLES: dict[str, Callable[[Report], list[str]]] = {
     "transfer": transfer,
     "upcycle": upcycle,
 }
+
+
+def thinned(count: int, most: int) -> list[int]:
+    """At most so many of the numbers 0 .. count - 1, evenly apart, the last always."""
+    step = -(-count // most)
+    return list(range(count - 1, -1, -step))[::-1]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
