@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--few-shot-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--subset", default="train[:1000]", help="split of the target to fine-tune on")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--scratch-rate", type=float, default=2e-3)
     arguments = parser.parse_args()
@@ -110,6 +110,7 @@ def tuning_config(arguments: argparse.Namespace, run: Run, start: str) -> TrainC
         optimizer=dataclasses.replace(recipe.optimizer, learning_rate=schedule),
         steps=arguments.steps,
         epochs=None,
+        ema_decay=None,  # in so few steps the average would still hold the start
         eval_every=None,
         checkpoint_every=None,
         tensorboard=False,
