@@ -4,11 +4,12 @@
     python benchmarks/claims/equal_compute.py --data-set fashion_mnist
 
 Evaluates nothing itself: the accuracies are those that the runs logged. Seconds are those of the training steps, images
-included, evaluations and checkpoints not; they are comparable where both runs had the same machine to themselves, or
-ran side by side with a core each.
+included, evaluations and checkpoints not, at the median speed that the run logged, so that a time in which something
+else had the machine does not count. They are comparable where both runs had the machine to themselves or a core each.
 """
 
 import itertools
+import statistics
 from typing import Any
 
 import figures
@@ -26,8 +27,10 @@ def main() -> None:
         "facts": {kind: runs.facts(own[0]) for kind, own in compared.items()},
         "num_images": {split: runs.loader_of(arguments, compared["dense"][0], split).num_images
                        for split in ("train", "test")},
-        "train_seconds": {kind: runs.over_seeds([run.results["train_seconds"] for run in own])
-                          for kind, own in compared.items()},
+        "train_seconds": {kind: runs.over_seeds([points[-1]["train_seconds"] for points in own])
+                          for kind, own in curves.items()},
+        "wall_seconds": {kind: runs.over_seeds([run.results["train_seconds"] for run in own])
+                         for kind, own in compared.items()},
         "final_top1": {kind: runs.over_seeds([run.top1 for run in own]) for kind, own in compared.items()},
         "compared": compare(curves["sparse"], curves["dense"]),
         "curves": curves,
@@ -38,18 +41,23 @@ def main() -> None:
 
 def curve(run: Run) -> list[dict[str, Any]]:
     """Every evaluation of a run, in order: step, top1, loss, train_flops and train_seconds up to there."""
-    points, seconds, last = [], 0.0, 0
-    for record in read_log(run.folder / "log.jsonl"):
-        step = record["step"]
-        if record["kind"] == "train":
-            seconds += (step - last) * run.config.data.batch_size / record["images_per_second"]
-            last = step
-        elif record["kind"] == "eval" and record["name"] == "test":
-            if step != last:
-                raise ValueError(f"{run.folder}: evaluated at step {step}, but times were logged at {last}")
-            own = {name: record["metrics"][name] for name in ("top1", "loss")}
-            points.append({"step": step, **own, "train_flops": runs.train_flops(run, step), "train_seconds": seconds})
-    return points
+    per_step = run.config.data.batch_size / median_speed(run)
+    return [
+        {
+            "step": record["step"],
+            **{name: record["metrics"][name] for name in ("top1", "loss")},
+            "train_flops": runs.train_flops(run, record["step"]),
+            "train_seconds": record["step"] * per_step,
+        }
+        for record in read_log(run.folder / "log.jsonl")
+        if record["kind"] == "eval" and record["name"] == "test"
+    ]
+
+
+def median_speed(run: Run) -> float:
+    """Images per second in training, the median of what the run logged."""
+    records = [record for record in read_log(run.folder / "log.jsonl") if record["kind"] == "train"]
+    return statistics.median(record["images_per_second"] for record in records)
 
 
 def compare(sparse: list[list[dict]], dense: list[list[dict]]) -> dict[str, Any]:

@@ -194,7 +194,6 @@ def facts(run: Run) -> dict[str, Any]:
         "batch_size": config.data.batch_size,
         "images_seen": results["images_seen"],
         "train_flops": train_flops(run, results["total_steps"]),
-        "train_seconds": results["train_seconds"],
     }  # fmt: skip
 
 

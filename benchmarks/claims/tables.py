@@ -20,7 +20,7 @@ def setup(report: Report) -> list[str]:
         ["parameters", *(f"{facts[kind]['parameters']:,}" for kind in NAMES)],
         ["MFLOP per image, forward", *(f"{facts[kind]['flops_per_image'] / 1e6:.2f}" for kind in NAMES)],
         ["training, PFLOP", *(f"{facts[kind]['train_flops'] / 1e15:.2f}" for kind in NAMES)],
-        ["training, seconds", *(spread(seconds[kind], 1, ".0f") for kind in NAMES)],
+        ["training, seconds on one core", *(spread(seconds[kind], 1, ".0f") for kind in NAMES)],
     ]
     machine = report["machine"]
     return [
