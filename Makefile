@@ -42,4 +42,4 @@ lint: $(VENV)/stamp-test
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) out runs build dist src/*.egg-info
+	rm -rf $(VENV) build dist src/*.egg-info

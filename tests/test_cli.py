@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,8 @@ MISTAKES = {
     "a run is there": ("train --steps 3 --out run", "run already holds a run"),
     "nothing to resume": ("train --steps 3 --out empty --resume", "empty holds no run to resume"),
     "another config on resume": ("train --steps 4 --out run --resume", "a resumed run must keep its config"),
+    "another recipe on resume": ("train --recipe fashion_mnist_dense --out run --resume", "must keep its config: "),
+    "out is a run": ("evaluate run --out run", "--out run is the folder of a training run"),
     "no output folder": ("convert run", "required but missing: --out DIR"),
     "no such prefix": ("convert ckpt --config run/model/config.json --out new", "ckpt"),
     "not a format": ("convert run --to onnx --out new", "('safetensors', 'vmoe')"),
@@ -148,6 +151,17 @@ def test_a_missing_extra_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert main(["sweep", "run"]) == 2
     assert "needs matplotlib, which is not installed: pip install 'visionmoe[figures]'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("too_much", [lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)])
+def test_out_of_memory_is_one_line(
+    too_much: Callable[[], object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("visionmoe.cli.evaluation.run", lambda options: too_much())
+    assert main(["evaluate", "run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("visionmoe evaluate: out of memory (") and error.count("\n") == 1
+    assert "--batch-size" in error
 
 
 def test_as_a_program(tmp_path: Path):
@@ -229,12 +243,18 @@ def test_sweep_of_some_layers_beside_a_dense_model(workplace: Path, capsys: pyte
     # Again, with one setting more: the eight are not evaluated again, and are the same to the last digit.
     capsys.readouterr()
     arguments[3:5] = ["1.0", "0.3", "0.5"]
+    drawn = (workplace / "swept" / "per_image_compute.png").stat().st_mtime_ns
     assert main(arguments) == 0
-    assert "8 of 12 settings were evaluated before" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "8 of 12 settings were evaluated before" in out
+    assert "results of other models" not in out  # those of the dense model are not
+    assert (workplace / "swept" / "per_image_compute.png").stat().st_mtime_ns == drawn
+    assert results(workplace / "swept")["per_image_compute"] == first["per_image_compute"]
     second = results(workplace / "swept")
     old = [p for p in second["points"] if p["capacity_factor"] != 0.5]
     keys = ("num_selected_experts", "capacity_factor", "batch_priority", "top1", "loss", "flops", "dropped")
     assert [[p[k] for k in keys] for p in old] == [[p[k] for k in keys] for p in first["points"]]
+    assert all(p["finite"] for p in second["points"])
     # Other images in the same folder are not mixed with them.
     assert main([*arguments, "--split", "test[100:150]"]) == 0
     out = capsys.readouterr().out
@@ -259,20 +279,32 @@ def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.C
     assert found["tuned"]["flops"] <= found["budget"]["flops"] <= found["present"]["flops"]
     assert found["tuned"]["held_out"]["top1"] >= found["uniform"]["held_out"]["top1"]  # one sparse layer: the same
     model = vm.load(tmp_path / "model")
-    assert vm.count_flops(model, batch_size=100) == found["tuned"]["flops"]
+    assert (found["batch_size"], found["calibration_batch_size"]) == (256, 100)
+    assert vm.count_flops(model, batch_size=256) == found["tuned"]["flops"]
     setting = found["tuned"]["routing"]["1"]
     assert model.config.moe.routing(1) == vm.RoutingSetting(**setting)
     assert setting["batch_priority"]
+    assert model.class_names is not None and model.class_names == vm.load(trained / "model").class_names
     before, after = vm.load(trained / "model").state_dict(), model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "tuned_routing.png").stat().st_size > 10_000
     text = capsys.readouterr().out
     assert "kept:" in text and "present" in text
-    # Again: nothing is evaluated again.
-    assert main([*arguments, *budget]) == code
+    # Again: nothing is evaluated again, but speeds are measured again, and may then ask for another budget.
+    again_code = main([*arguments, *budget])
     again = results(tmp_path)
-    assert again["evaluations"] == {"new": 0, "reused": found["evaluations"]["new"] + found["evaluations"]["reused"]}
-    assert again["tuned"] == found["tuned"]
+    assert again["budget"] == found["budget"] or found["speed"] is not None
+    if found["speed"] is None:
+        assert again_code == 0
+        done = found["evaluations"]
+        assert again["evaluations"] == {"new": 0, "reused": done["new"] + done["reused"]}
+        speeds = [one["tuned"]["held_out"].pop("images_per_second") for one in (found, again)]
+        assert again["tuned"] == found["tuned"]
+        assert speeds[0] != speeds[1]
+    else:
+        assert again_code == (0 if again["speed"]["met"] else 1)
+        assert again["speed"]["reached"] != found["speed"]["reached"]
+        assert again["evaluations"]["reused"] >= 3
 
 
 def test_evaluate_at_another_setting(trained: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from visionmoe import demo
+from visionmoe.train.loop import TrainingDivergedError
 
 TINY = ["model.num_layers=2", "model.moe.layers=[1]", "model.hidden_size=16", "model.mlp_dim=32", "model.num_heads=2",
         "data.train_split=train[:200]", "data.eval_split=test[:100]", "data.batch_size=50", "tensorboard=false",
@@ -30,12 +31,35 @@ def test_leaves_results_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert demo.run(tmp_path, TINY, lowest_accuracy=0.0) == 0
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["test_accuracy"] == results["test_accuracy"]
-    assert again["training"]["train_seconds"] == results["training"]["train_seconds"]
+    assert again["training"] == results["training"]
+    assert again["sweep"] == results["sweep"]  # speeds too: no setting was evaluated again
+    # Another recipe in the same folder.
+    changes = [word for text in [*TINY, "seed=1"] for word in ("--set", text)]
+    capsys.readouterr()
+    assert demo.main(["--out", str(tmp_path), *changes]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "seed was 0, got 1" in error and "make demo OUT=" in error
 
 
 def test_fails_when_the_accuracy_is_too_low(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert demo.run(tmp_path, [*TINY, "steps=2"], lowest_accuracy=0.99) == 1
     assert "the training did not work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [(KeyboardInterrupt(), 130, "the same command goes on from there"), (TrainingDivergedError("nan"), 1, "nan")],
+)
+def test_ends_without_a_traceback(
+    raised: BaseException, code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    def train(*args: object, **options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(demo, "train", train)
+    assert demo.main(["--out", str(tmp_path)]) == code
+    assert text in capsys.readouterr().err
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -198,14 +198,20 @@ class ModelConfig:
         return self.moe.ensemble_size if self.moe.layers else 1
 
     def replace(self, **overrides: Any) -> Self:
-        """A copy with some options changed; names of `MoEConfig` go to `moe`. Unknown names are ValueErrors."""
+        """A copy with some options changed; names of `MoEConfig` go to `moe`. Unknown names are ValueErrors.
+
+        A changed routing setting is that of all blocks, those of `layer_routing` too, unless that is given as well.
+        """
         own = {f.name for f in dataclasses.fields(self)}
         moe_names = {f.name for f in dataclasses.fields(MoEConfig)}
         check_names("model", overrides, own | moe_names)
         moe = {k: overrides.pop(k) for k in list(overrides) if k in moe_names}
         if moe:
             moe["layers"] = tuple(moe.get("layers", self.moe.layers))
-            overrides["moe"] = dataclasses.replace(overrides.get("moe", self.moe), **moe)
+            base = overrides.get("moe", self.moe)
+            setting = {f.name: moe[f.name] for f in dataclasses.fields(RoutingSetting) if f.name in moe}
+            single = {layer: dataclasses.replace(own, **setting) for layer, own in base.layer_routing.items()}
+            overrides["moe"] = dataclasses.replace(base, **{"layer_routing": single, **moe})
         return dataclasses.replace(self, **overrides)
 
     @classmethod

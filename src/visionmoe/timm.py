@@ -84,7 +84,7 @@ class TimmVisionTransformer(VisionTransformer):
             raise ValueError(
                 f"global_pool of this model is {self.global_pool!r} and cannot change, got {global_pool!r}"
             )
-        self.config = self.config.replace(num_classes=num_classes or None)
+        self.config, self.class_names = self.config.replace(num_classes=num_classes or None), None
         old = next(self.parameters())
         self.head = nn.Identity()
         if num_classes:

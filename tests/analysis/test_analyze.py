@@ -14,10 +14,14 @@ from PIL import Image
 import visionmoe as vm
 from visionmoe.analysis import figures
 from visionmoe.analysis.analyze import Analysis, AnalysisConfig
+from visionmoe.analysis.explain import _classes, _facts, _positions, _weights
 from visionmoe.analysis.gallery import Crop
 from visionmoe.analysis.html import Section, Table, page
+from visionmoe.analysis.pictures import spread_batch
 from visionmoe.cli import main
+from visionmoe.config import to_dict
 from visionmoe.data import DataConfig, EvalLoader
+from visionmoe.data.sources import ArraySource
 
 CONFIG = vm.ModelConfig(
     image_size=28, patch_size=7, in_channels=1, num_classes=10, hidden_size=16, num_layers=3, mlp_dim=16, num_heads=2,
@@ -122,6 +126,61 @@ def test_the_same_again_does_nothing_and_another_does_not_use_it(analyzed: Path)
     assert start(other_routing) == (0, 7)
     for other in (DataConfig(eval_split="test[:91]", eval_batch_size=40), DataConfig(eval_split="test[:90]")):
         assert start(make(), EvalLoader(other)) == (0, 7)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"fingerprint": "FINGERPRINT", "evaluations": {"trained": {}}}'])
+def test_damaged_evaluations_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str):
+    loader = EvalLoader(DataConfig(eval_split="test[:20]", eval_batch_size=20))
+    analysis = Analysis(make(), loader, tmp_path, AnalysisConfig(seeds=1))
+    (tmp_path / "state").mkdir()
+    path = tmp_path / "state" / "random_routers.json"
+    path.write_text(content.replace("FINGERPRINT", analysis.fingerprint))
+    assert analysis.load_evaluations() == {}
+    assert len(caplog.records) == 1
+    assert "random_routers.json" in caplog.text
+
+
+def test_a_few_broken_images_do_not_stop_the_pictures():
+    """One of 200 images is broken, 0.5 % of all, but 20 % of the five that are spread over them."""
+
+    class Broken(ArraySource):
+        def read(self, index: int) -> np.ndarray:
+            if index == 0:
+                raise OSError("broken")
+            return super().read(index)
+
+    source = Broken(np.zeros((200, 28, 28), np.uint8), np.arange(200) % 10, tuple("abcdefghij"))
+    images, _, _ = spread_batch(EvalLoader(DataConfig(eval_batch_size=5), source=source))
+    assert len(images) == 4
+
+
+def test_the_facts_tell_the_routing_that_is_in_force():
+    def routing(model: vm.VisionTransformer) -> str:
+        results = {"model_config": to_dict(model.config), "layers": {"1": {}, "2": {}}, "model": "m", "data": "d",
+                   "num_images": 1, "split": "s", "class_names": [], "batch_size": 1, "top1": 0.5,
+                   "broken_images": {}}  # fmt: skip
+        return dict(_facts(results).rows)["Routing"]
+
+    model = make()
+    assert routing(model) == "top 2 of 4 experts, capacity factor 1.05, vanilla order"
+    for layer, k in ((1, 1), (2, 3)):
+        model.set_routing(k, 0.5, True, layers=[layer])
+    text = "top 1 or 3 of 4 experts, capacity factor 0.5, batch-priority order, some blocks have their own"
+    assert routing(model) == text
+
+
+def test_the_words_for_expert_choice_and_normalised_weights(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    layers = {"1": {"combine_weights": {"mean": [0.5], "std": [0.1]}}}
+
+    def words(**moe: object) -> str:
+        results = {"model_config": to_dict(CONFIG.replace(**moe)), "layers": layers, "kept_patches": {}}
+        sections = (_classes(tmp_path, results), _positions(tmp_path, results), _weights(tmp_path, results))
+        return " ".join(text for section in sections for text in (*section.text, *section.how))
+
+    assert "add up to K at every place" in words() and "divided by" not in words()
+    assert "sums to K" not in words(router="expert_choice") and "up to K" not in words(router="expert_choice")
+    assert "divided by the sum over the experts" in words(normalize_combine_weights=True)
 
 
 def test_a_stopped_evaluation_keeps_the_finished_ones(tmp_path: Path):

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from visionmoe.analysis import figures
+from visionmoe.analysis.compute_per_image import Example
+from visionmoe.analysis.gallery import Crop
 from visionmoe.config import RoutingSetting
 from visionmoe.evaluate.adaptive import DensePoint, SweepPoint
 from visionmoe.evaluate.tune import Candidate
@@ -78,6 +80,20 @@ def test_every_figure_is_a_picture(tmp_path: Path):
         "compute.png", "curves.png", "experts.png", "patches.png", "time.png", "tuned.png"
     ]  # fmt: skip
     assert all(is_picture(path) for path in written)
+
+
+def test_names_with_dollars_are_no_mathematics(tmp_path: Path):
+    name = "$\\frac$"  # as mathematics an error
+    image = np.zeros((4, 4, 1), np.uint8)
+    figures.experts_by_class(tmp_path / "experts.png", {1: np.eye(2)}, [name, name])
+    figures.gallery(tmp_path / "gallery.png", [[Crop(image, (0, 0, 2, 2), 0.5, name)]], ["expert 0"])
+    masks = [np.ones((1, 2, 2), dtype=bool)]
+    figures.kept_patches(tmp_path / "patches.png", image[None], masks, {1.0: 1.0}, [name])
+    example = Example(0.5, 2, 0, True, 0, image, {1: masks[0][0]})
+    quarter = {"top1": 0.5, "own_setting_top1": 0.5, "lowest_share": 0.1, "highest_share": 0.9}
+    setting = RoutingSetting(2, 0.3, True)
+    figures.compute_per_image(tmp_path / "images.png", [example], [example], [quarter], [0.1, 0.9], [name], setting)
+    assert all(is_picture(path, 20) for path in tmp_path.iterdir())
 
 
 def test_a_single_point_or_order_is_enough(tmp_path: Path):

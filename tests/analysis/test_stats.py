@@ -1,5 +1,7 @@
 """Streaming statistics against direct counting of what the routers of small models did."""
 
+import gc
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from visionmoe.analysis.stats import LayerStatistics, Shape, histogram, make_shu
 from visionmoe.analysis.summary import class_shares, summarise_layer
 from visionmoe.config import RoutingSetting
 from visionmoe.data import DataConfig, EvalLoader
+from visionmoe.data.decode import BrokenImageError
 from visionmoe.data.sources import ArraySource
 
 SMALL = vm.ModelConfig(
@@ -128,8 +131,21 @@ def test_entropy_of_the_probabilities(overrides: dict):
 def test_memory_does_not_grow_with_the_images():
     model = make({})
     few, many = statistics_of(model, images(14)), statistics_of(model, images(140))
-    assert few.nbytes() == many.nbytes() == Statistics.empty(model.config, 3, 2, 4).nbytes()
+    assert reachable_bytes(few) == reachable_bytes(many) > few.nbytes() == many.nbytes()
     assert (few.num_images, many.num_images) == (14, 140)
+
+
+def reachable_bytes(value: object) -> int:
+    """Memory of all that an object holds, in arrays and in Python's own containers; numbers count alike."""
+    found: dict[int, object] = {}
+    left = [value]
+    while left:
+        one = left.pop()
+        if id(one) in found or isinstance(one, type | int | float | str):
+            continue
+        found[id(one)] = one
+        left += gc.get_referents(one)
+    return sum(one.nbytes if isinstance(one, np.ndarray) else sys.getsizeof(one) for one in found.values())
 
 
 def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path: Path):
@@ -158,9 +174,59 @@ def test_a_stopped_pass_goes_on_and_gives_the_same(tmp_path: Path):
     collect(model, loader, finished, on_batch=lambda count: pytest.fail("no batch was expected"))
     assert Statistics.load(keeping.path, "another") is None
     assert Statistics.load(tmp_path / "nothing.npz", "mine") is None
-    keeping.path.write_bytes(b"PK broken")
-    with pytest.raises(ValueError, match="is not a file of statistics"):
-        Statistics.load(keeping.path, "mine")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK broken", b"[]"])
+def test_a_damaged_file_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes):
+    path = tmp_path / "s.npz"
+    path.write_bytes(content)
+    assert Statistics.load(path, "mine") is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "is not a file of statistics" in caplog.text
+
+
+class Broken(ArraySource):
+    """The first and the 30th image are not there."""
+
+    def decode(self, index: int, *rest: int) -> np.ndarray:
+        if index in (0, 29):
+            raise BrokenImageError("broken")
+        return super().decode(index, *rest)
+
+
+def test_a_stopped_pass_allows_as_many_broken_images_as_a_whole_one():
+    """2 of 40 are 5 %, which is allowed; of what is left after image 28 one would be 9 %."""
+    model, whole = make({}), images(40)
+    source = Broken(whole.source.images, whole.source.labels, ("a", "b", "c"))
+
+    def loader() -> EvalLoader:
+        config = DataConfig(image_size=(8, 12), eval_batch_size=7, max_broken=0.05)
+        return EvalLoader(config, source=source)
+
+    expected = statistics_of(model, loader())
+    stopped, batches = Statistics.empty(model.config, 3, 2, 4), []
+
+    def stop(count: int) -> None:
+        batches.append(count)
+        if len(batches) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, loader(), stopped, on_batch=stop)
+    assert stopped.next_image == 28
+    collect(model, loader(), stopped)
+    assert stopped.broken == expected.broken and len(expected.broken) == 2
+    assert stopped.num_images == 38
+    assert (stopped.layers[1].by_class == expected.layers[1].by_class).all()
+
+
+def test_normalised_weights_are_taken_before_they_are_normalised():
+    """What the router thinks does not change with what is done to its weights afterwards."""
+    plain, normalised = make({}), make({"normalize_combine_weights": True})
+    normalised.load_state_dict(plain.state_dict())
+    first, second = (statistics_of(model, images(20)).layers[1] for model in (plain, normalised))
+    for name, array in first.arrays().items():
+        assert (array == second.arrays()[name]).all(), name
 
 
 def specialised(count: int, tokens: int, experts: int) -> tuple[LayerStatistics, Shape]:

@@ -1,6 +1,8 @@
 """Conversion between the released format and our directories: bit for bit, both ways."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def test_files_of_our_layout_are_identical(tmp_path):
 
 
 def test_preprocessing_is_carried_along(tmp_path):
-    preprocessing = Preprocessing((32, 32), mean=(0.1, 0.2, 0.3), resize="small")
+    preprocessing = Preprocessing((32, 32), mean=(0.1, 0.2, 0.3), resize="small", resize_to=40)
     write_pretrained(tmp_path / "a", SMALL, vm.create_model(SMALL).state_dict(), preprocessing)
     run_convert(ConvertConfig(str(tmp_path / "a"), str(tmp_path / "b")))
     assert files(tmp_path / "a", "config.json") == files(tmp_path / "b", "config.json")
@@ -82,3 +84,26 @@ def test_mistakes_are_one_error_and_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="num_shards must be between 1 and 99999, got 0"):
         run_convert(ConvertConfig(str(tmp_path / "a"), str(tmp_path / "out"), to="vmoe", num_shards=0))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_kill_between_the_two_renames(tmp_path, monkeypatch, same):
+    """A model that is written again stays readable; new weights are never read with another model's config."""
+    first, second = vm.create_model(SMALL), vm.create_model(SMALL if same else SMALL.replace(num_heads=1))
+    first.save_pretrained(tmp_path)
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        second.save_pretrained(tmp_path)
+    if same:
+        loaded = vm.load(tmp_path).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in second.state_dict().items())
+    else:
+        with pytest.raises(FileNotFoundError, match=r"config\.json"):
+            vm.load(tmp_path)

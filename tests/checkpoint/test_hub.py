@@ -18,7 +18,7 @@ from huggingface_hub import ModelHubMixin, constants
 
 import visionmoe as vm
 from visionmoe.cli import main
-from visionmoe.model.hub import split_name
+from visionmoe.model.hub import fetch, split_name
 
 SMALL = vm.ModelConfig(
     image_size=16, patch_size=8, num_classes=5, hidden_size=16, num_layers=2, mlp_dim=24, num_heads=2
@@ -106,6 +106,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.json({"url": f"{self.hub.url}/{repo}"})
         elif parts == ["api", "validate-yaml"]:  # the card's metadata
             self.json({"errors": [], "warnings": []})
+        elif self.hub.files("/".join(parts[2:4]), parts[5]) is None:
+            self.answer(404, X_Error_Code="RevisionNotFound")
         elif parts[4] == "preupload":
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
@@ -190,8 +192,31 @@ def test_card_states_the_facts_and_is_kept_once_it_is_there(hub, model):
                   "pipeline_tag: image-classification"):  # fmt: skip
         assert words in card, words
     hub.commit("user/name", {"README.md": b"written by hand"})
+    for branch in (None, "main"):
+        model.push_to_hub("user/name", branch=branch)
+        assert hub.repos["user/name"][-1]["README.md"] == b"written by hand"
+    with pytest.raises(FileNotFoundError, match=r"user/name on .* has no such revision"):
+        model.push_to_hub("user/name", branch="nowhere")
+
+
+def test_class_names_are_pushed_and_loaded(hub, model):
+    model.class_names = tuple("abcde")
     model.push_to_hub("user/name")
-    assert hub.repos["user/name"][-1]["README.md"] == b"written by hand"
+    for loaded in (vm.load("hf-hub:user/name"), vm.VisionTransformer.from_pretrained("user/name")):
+        assert loaded.class_names == ("a", "b", "c", "d", "e")
+    assert vm.load("hf-hub:user/name", num_classes=7).class_names is None
+
+
+def test_without_the_hub_a_file_that_was_never_asked_for_is_an_error(hub, model, monkeypatch):
+    model.push_to_hub("user/name")
+    hub.commit("user/name", {"there.json": b"{}"})
+    folder = fetch("user/name", optional=("there.json", "absent.json"))
+    assert (folder / "there.json").is_file() and not (folder / "absent.json").exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch("user/name", optional=("there.json", "absent.json")) == folder  # that it has no such file is known
+    with pytest.raises(ConnectionError, match="user/name is not in the cache") as caught:
+        fetch("user/name", optional=("unknown.json",))
+    assert "\n" not in str(caught.value)
 
 
 def test_card_of_a_dense_model():

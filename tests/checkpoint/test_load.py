@@ -91,7 +91,7 @@ def test_config_json_is_as_documented(directory):
     assert data["model"] == to_dict(SMALL)
     assert data["preprocessing"] == {
         "image_size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "antialias": False,
-        "resize": "exact",
+        "resize": "exact", "resize_to": None,
     }  # fmt: skip
     read = read_pretrained_config(directory)
     assert read.model == SMALL and read.preprocessing == Preprocessing.of(SMALL)
@@ -193,6 +193,40 @@ def test_pre_logits_can_be_dropped(tmp_path):
 def test_routing_options_are_overridden(prefix):
     loaded = vm.load(prefix, SMALL, capacity_factor=0.4, num_selected_experts=1, batch_priority=True)
     assert loaded.config.moe.routing() == vm.RoutingSetting(1, 0.4, True)
+
+
+def test_routing_options_reach_layers_with_their_own_setting(model, tmp_path):
+    model.set_routing(2, 0.5, True, layers=[1])
+    model.save_pretrained(tmp_path)
+    assert vm.load(tmp_path, capacity_factor=4.0).config.moe.routing(1) == vm.RoutingSetting(2, 4.0, True)
+    given = {1: vm.RoutingSetting(1, 0.7, False)}
+    moe = vm.load(tmp_path, capacity_factor=4.0, layer_routing=given).config.moe
+    assert (moe.routing().capacity_factor, moe.routing(1)) == (4.0, given[1])
+    assert vm.load(tmp_path).config.moe.routing(1) == vm.RoutingSetting(2, 0.5, True)
+
+
+def test_class_names_and_preprocessing_are_loaded_and_saved_again(model, tmp_path):
+    names, preprocessing = tuple("abcde"), Preprocessing.of(SMALL, resize_to=40)
+    model.save_pretrained(tmp_path / "a", names, preprocessing)
+    loaded = vm.load(tmp_path / "a")
+    assert (loaded.class_names, loaded.preprocessing) == (names, preprocessing)
+    loaded.save_pretrained(tmp_path / "b")
+    assert read_pretrained_config(tmp_path / "b") == read_pretrained_config(tmp_path / "a")
+    # A head of other classes, or a fresh one, has no names; another size is not prepared alike.
+    assert vm.load(tmp_path / "a", new_head=True).class_names is None
+    assert vm.load(tmp_path / "a", num_classes=4).class_names is None
+    larger = vm.load(tmp_path / "a", image_size=64)
+    assert (larger.class_names, larger.preprocessing) == (names, Preprocessing((64, 64)))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"resize": "small"}, "resize_to is for resize 'small', got 'small' with None"),
+    ({"resize_to": 40}, "resize_to is for resize 'small', got 'exact' with 40"),
+    ({"resize": "small", "resize_to": 30}, r"resize_to must be at least image_size \(32, 32\), got 30"),
+])  # fmt: skip
+def test_preprocessing_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocessing((32, 32), **options)
 
 
 @pytest.mark.parametrize("override, message", [

@@ -13,6 +13,7 @@ from visionmoe.checkpoint.store import (
     latest_good,
     list_checkpoints,
     load_run_state,
+    remove_newer,
     save_run_state,
     split_optimizer_state,
     verify,
@@ -49,6 +50,30 @@ def test_same_step_is_replaced(tmp_path):
     save_run_state(tmp_path, 2, {"model": {"a": torch.zeros(1)}}, {})
     assert list(load_run_state(latest_good(tmp_path)).tensors) == ["model"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_killed_while_replacing_leaves_the_old_one(tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    path.rename(path.with_name(f"old-{path.name}"))  # the moment between the two renames
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]
+    assert load_run_state(latest_good(tmp_path)).step == 2
+    assert save(tmp_path, 2) == path
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"]
+
+
+def test_damaged_newer_checkpoints_cost_no_good_one(tmp_path):
+    good = save(tmp_path, 200)
+    damaged = save(tmp_path, 300)
+    (damaged / "state.json").write_text("{}")
+    # The one just written stays although a newer one is there.
+    written = save(tmp_path, 250, keep_last=1)
+    assert [path for _, path in list_checkpoints(tmp_path)] == [written, damaged]
+    with pytest.warns(UserWarning, match="step_00000300/state.json is damaged"):
+        assert latest_good(tmp_path) == written
+    assert remove_newer(written) == [damaged]
+    assert not good.exists() and [path for _, path in list_checkpoints(tmp_path)] == [written]
+    assert remove_newer(written) == []
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):

@@ -144,6 +144,31 @@ def test_timm_file_by_model_name(tmp_path):
         upcycle(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("name, shape, words", [
+    ("patch_embed.proj.weight", (64, 192), r"patch_embed.proj.weight must be \(D, C, height, width\), got .*192\)"),
+    ("pos_embed", (17,), r"pos_embed must be \(1, T, D\), got shape \(17,\)"),
+    ("head.weight", (), r"head.weight must be \(classes, D\), got shape \(\)"),
+    ("norm.weight", (3,), r"norm.weight is \(3,\), not \(192,\)"),
+    ("blocks.0.attn.qkv.bias", (), r"parameters of shapes that do not fit: blocks.0.attn.qkv.bias \(\)"),
+    ("blocks.0.ls1.gamma", (3,), r"blocks.0.ls1.gamma must be \(192,\), got \(3,\)"),
+])  # fmt: skip
+def test_tensors_of_other_shapes_are_one_line(name, shape, words, tmp_path):
+    dense = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=1, num_classes=4, img_size=32)
+    save_file({**dense.state_dict(), name: torch.zeros(shape)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=words) as caught:
+        upcycle(tmp_path / "x.safetensors", layers=(0,))
+    assert "\n" not in str(caught.value)
+
+
+def test_queries_and_keys_that_cannot_be_joined_are_one_line(tmp_path):
+    state = huggingface_state()
+    name = "vit.encoder.layer.0.attention.attention.key.weight"
+    folder = huggingface_folder(tmp_path, {**state, name: state[name][:, 1:].contiguous()})
+    with pytest.raises(ValueError, match=r"parameters of shapes that do not fit: .*key\.weight") as caught:
+        upcycle(folder)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("options, words", [
     ({"reg_tokens": 2}, "register tokens"),
     ({"pre_norm": True}, "a norm before the blocks"),
@@ -319,6 +344,21 @@ def test_our_own_models(tmp_path):
         upcycle(model)
 
 
+def test_names_of_classes_are_kept(tmp_path):
+    names = tuple("abcde")
+    vm.create_model(SMALL).save_pretrained(tmp_path, names)
+    assert upcycle(tmp_path).class_names == upcycle(vm.load(tmp_path)).class_names == names
+
+
+def test_a_config_that_is_not_needed_is_refused(tmp_path):
+    dense = timm_vit()
+    save_file(dense.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    for source in (dense, tmp_path / "model.safetensors", tmp_path, "timm:vit_tiny_patch16_224", "hf-hub:user/name"):
+        with pytest.raises(ValueError, match="says its config itself; config is for checkpoint prefixes"):
+            upcycle(source, config=SMALL)
+
+
 def test_every_expert_is_the_mlp_and_routers_follow_the_seed():
     dense = perturb(vm.create_model(SMALL))
     first, same, other = (upcycle(dense, num_experts=4, seed=seed).state_dict() for seed in (0, 0, 1))
@@ -421,8 +461,9 @@ def test_command_leaves_a_model_that_is_read_and_trained(tmp_path, capsys):
     config = vm.ModelConfig(image_size=28, patch_size=7, in_channels=1, num_classes=10, hidden_size=16, num_layers=2,
                             mlp_dim=24, num_heads=2, pooling="gap")  # fmt: skip
     dense = perturb(vm.create_model(config))
-    dense.save_pretrained(tmp_path / "dense")
+    dense.save_pretrained(tmp_path / "dense", tuple("abcdefghij"))
     arguments = ["--layers", "1", "--num-experts", "4", "--data", "fashion-mnist", "--images", "6"]
+    arguments += ["--split", "test[10:20]"]
     assert main(["upcycle", str(tmp_path / "dense"), "--out", str(tmp_path / "sparse"), *arguments]) == 0
     results = json.loads((tmp_path / "sparse" / "results.json").read_text())
     nothing_dropped, own = results["differences"]
@@ -434,6 +475,7 @@ def test_command_leaves_a_model_that_is_read_and_trained(tmp_path, capsys):
     assert results["parameters"] - results["parameters_dense"] == 3 * 808 + 64
     assert "0.0% of the requests dropped" in capsys.readouterr().out
     model = vm.load(tmp_path / "sparse")
+    assert model.class_names == tuple("abcdefghij")
     assert to_dict(model.config) == results["model"]
     with torch.no_grad():
         assert_starts_as(model, images_for(config), dense(images_for(config)).logits)
@@ -463,4 +505,6 @@ def test_command_refuses_in_one_line(tmp_path, capsys):
         assert main(["upcycle", path, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+    assert main(["upcycle", str(tmp_path), "--split", "train", "--out", str(tmp_path / "out")]) == 2
+    assert "--split train is a part of --data: give both" in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()

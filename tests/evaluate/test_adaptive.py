@@ -9,6 +9,7 @@ from visionmoe.evaluate.adaptive import (
     SweepPoint,
     apply_routing,
     layer_settings,
+    most_selected_experts,
     pareto_frontier,
     restored_routing,
     routing_grid,
@@ -109,6 +110,31 @@ def test_wrong_settings_are_found_before_anything_is_evaluated():
         sweep(make(SMALL.replace(layers=())), never, routing_grid([2], [1.0]))
     with pytest.raises(ValueError, match=r"layers must be among the sparse ones \[1, 3\], got \[0, 2\]"):
         sweep(make(), never, routing_grid([2], [1.0]), layers=[2, 3, 0])
+
+
+def test_capacities_that_round_to_no_place_are_found_before_anything_is_evaluated():
+    """16 tokens, 4 experts, K = 1: 0.1 is 0.4 places; an image more than one has places enough."""
+    model = make(SMALL.replace(capacity_ceil_or_round="round", capacity_multiple_of=None))
+    calls = []
+
+    def evaluate(model: vm.VisionTransformer) -> dict:
+        calls.append(model)
+        return {}
+
+    settings = routing_grid([1], [1.0, 0.1], [False])
+    with pytest.raises(ValueError, match=r"capacity must be at least 1, got 0 .* capacity_factor=0.1"):
+        sweep(model, evaluate, settings, batch_size=1)
+    assert not calls
+    assert len(sweep(model, ClassificationEvaluator(batches(2)), settings, batch_size=2)) == 2
+
+
+def test_the_experts_per_token_of_the_layers_count_not_the_common_ones():
+    model = make()
+    model.set_routing(num_selected_experts=1, layers=[1, 3])
+    assert model.config.moe.num_selected_experts == 2
+    assert most_selected_experts(model) == 1
+    model.set_routing(num_selected_experts=3, layers=[3])
+    assert most_selected_experts(model) == 3
 
 
 def test_only_some_layers_change():

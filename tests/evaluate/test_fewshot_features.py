@@ -134,6 +134,42 @@ def test_an_interrupted_extraction_goes_on_where_it_was(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1  # the pieces are gone
 
 
+def interrupt(cache, model, after):
+    """An extraction of batches of 10 that ends before batch `after` is saved."""
+    done = []
+
+    def stop(count):
+        done.append(count)
+        if len(done) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.features(model, loader(eval_batch_size=10), on_batch=stop)
+
+
+def test_an_interrupted_refresh_goes_on_without_it(tmp_path):
+    model, cache = tiny(), FeatureCache(tmp_path, save_seconds=0.0)
+    cache.features(model, loader(eval_batch_size=10))
+    interrupt(FeatureCache(tmp_path, save_seconds=0.0, refresh=True), model, after=3)
+    assert sorted(path.name.split(".")[1] for path in tmp_path.iterdir()) == ["part-0000", "part-0001"]
+    sizes = counted(model)
+    assert not cache.features(model, loader(eval_batch_size=10)).cached
+    assert len(sizes) == 3  # batches 2, 3 and 4 of five
+
+
+def test_only_pieces_without_gaps_count(tmp_path):
+    model, cache = tiny(), FeatureCache(tmp_path, save_seconds=0.0)
+    expected = extract(model, loader(eval_batch_size=10))
+    interrupt(cache, model, after=5)  # four pieces of one batch
+    parts = sorted(tmp_path.iterdir())
+    parts[1].write_bytes(parts[3].read_bytes())  # begins with batch 3, where batch 1 is due
+    sizes = counted(model)
+    made = cache.features(model, loader(eval_batch_size=10))
+    assert len(sizes) == 4
+    assert torch.equal(made.x, expected.x) and torch.equal(made.labels, expected.labels)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_damaged_file_is_made_anew(tmp_path, caplog):
     model, cache = tiny(), FeatureCache(tmp_path)
     first = cache.features(model, loader())
@@ -190,6 +226,19 @@ def test_evaluator_leaves_the_mode_and_tells_its_progress(caplog):
         dict(evaluator.run(model))
     assert model.training and sum(batches) == 300 + 60 + 200 + 40 and len(fits) == 2
     assert "second: 10 classes have fewer than 40 training images" in caplog.text
+    caplog.clear()
+    dict(evaluator.run(model))
+    assert not caplog.text  # said once
+
+
+def test_classes_without_any_training_image_are_named(caplog):
+    labels = loader("train[:8]").source.labels
+    names = [name for number, name in enumerate(loader().class_names) if number not in labels]
+    assert len(names) > 3
+    with caplog.at_level(logging.WARNING):
+        FewShotEvaluator([FewShotData("few", loader("train[:8]"), loader("test[:10]"))], shots=[1]).evaluate(tiny())
+    assert f"few has no training image of {', '.join(names[:3])} and {len(names) - 3} more" in caplog.text
+    assert f"few: {len(names)} classes have fewer than 1 training images (the smallest 0)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tuning on a model of which the test knows what each layer is worth."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -165,6 +166,60 @@ def test_models_that_cannot_be_tuned():
         tune(vm.create_model(CONFIG, layers=()), 1, never, never)
     with pytest.raises(ValueError, match="its router is 'expert_choice'"):
         tune(vm.create_model(CONFIG, router="expert_choice"), 1, never, never)
+
+
+@pytest.mark.parametrize("share", [0.83, 0.9, 0.97])
+def test_small_groups_have_few_capacities_and_stay_within_the_budget(share: float):
+    """17 tokens, 8 experts, places in fours: K = 1 costs 1 expert per token, K = 2 32 / 17 or 2, nothing between."""
+    torch.manual_seed(0)
+    model = vm.create_model(CONFIG.replace(pooling="token", num_experts=8, group_size="image")).eval()
+    torch.nn.init.normal_(model.head.weight)
+    result, budget = run(model, share)
+    assert all(c.flops <= budget for c in (result.uniform, result.chosen))
+    if share < 0.94:  # two layers of K = 1, of which each saves 0.09
+        assert {s.num_selected_experts for s in result.uniform.routing.values()} == {1}
+
+
+def test_a_budget_above_what_one_expert_costs_also_tries_one_expert(model: vm.VisionTransformer):
+    result, budget = run(model, 0.9)
+    uniform = [c.routing[1] for c in result.tried if c.stage == "uniform"]
+    assert [s.num_selected_experts for s in uniform] == [1, 2]
+    assert uniform[0].capacity_factor >= 1
+    assert all(c.flops <= budget for c in result.tried if c.stage == "uniform")
+
+
+def test_capacities_that_round_to_no_place_are_not_tried():
+    """16 tokens, 4 experts: K = 1 at C = 0.05 * 2 is 0.4 places, which round to 0."""
+    torch.manual_seed(0)
+    rounded = CONFIG.replace(group_size="image", capacity_ceil_or_round="round", capacity_multiple_of=None)
+    model = vm.create_model(rounded).eval()
+    torch.nn.init.normal_(model.head.weight)
+    result, budget = run(model, 0.7)
+    assert result.chosen.flops <= budget
+    for candidate in result.tried:
+        for s in candidate.routing.values():
+            assert round(16 * s.num_selected_experts * s.capacity_factor / 4) >= 1
+
+
+def test_settings_whose_loss_is_not_finite_are_worse_than_all_others(model: vm.VisionTransformer):
+    """Losses that are not numbers where block 3 has less than half of an expert."""
+    calibrate = CalibratedEvaluator(batches(model, 1))
+
+    def broken(model: vm.VisionTransformer) -> dict:
+        result = calibrate(model)
+        return result | ({"calibrated_loss": math.nan} if level_of(model.config.moe.routing(3)) < 0.5 else {})
+
+    budget = round(0.8 * vm.count_flops(model, batch_size=64))
+    check = CalibratedEvaluator(batches(model, 2), keep_images=True)
+    result = tune(model, budget, broken, check, batch_size=64)
+    assert result.kept == "tuned"
+    assert any(math.isinf(c.calibrated_loss) for c in result.tried)
+
+    def never_finite(model: vm.VisionTransformer) -> dict:
+        return {"calibrated_loss": math.nan, "top1": 0.0}
+
+    with pytest.raises(ValueError, match="not finite at any setting"):
+        tune(model, budget, never_finite, check, batch_size=64)
 
 
 def clock(model: vm.VisionTransformer, slope: float = 1e-9, start: float = 1e-4):

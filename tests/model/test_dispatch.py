@@ -175,7 +175,10 @@ def test_filled_rows_that_overflow_do_not_leak():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["in place", "through .data", "new memory", "optimizer"])
+@pytest.mark.parametrize(
+    "change", ["in place", "one value", "through .data", "one expert's .data", "new memory", "optimizer"]
+)
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products of oneDNN here")
 def test_packed_weights_follow_the_parameters(change):
     """What oneDNN has laid out once is laid out again when a parameter changes, however it changes."""
     experts = make_experts(2, 8, 16, torch.bfloat16)
@@ -183,8 +186,13 @@ def test_packed_weights_follow_the_parameters(change):
     routing = top_k_routing(torch.softmax(torch.randn(1, 6, 2), -1), 2, 8, False)
     before = run_segments(tokens, routing, experts)
     weight = experts.fc1.weight
+    assert experts.fc1.packed.of(weight, tokens)[0].is_mkldnn
     if change == "in place":
         weight.mul_(-2)
+    elif change == "one value":
+        weight[1, 3, 5] = 9.0
+    elif change == "one expert's .data":
+        weight.data[1].mul_(-2)
     elif change == "through .data":
         weight.data.mul_(-2)
     elif change == "new memory":

@@ -33,7 +33,7 @@ def make(config: vm.ModelConfig) -> vm.VisionTransformer:
     return model
 
 
-def counted(model: vm.VisionTransformer, images: int) -> tuple[int, int]:
+def counted(model: vm.VisionTransformer, images: int, bf16: bool = False) -> tuple[int, int]:
     """Operations of one forward pass by torch's counter, and places that its experts could not fill.
 
     Attention runs as plain matrix products here: of the fused kernels the counter knows CUDA's, not the CPU's.
@@ -41,7 +41,8 @@ def counted(model: vm.VisionTransformer, images: int) -> tuple[int, int]:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.rand(images, model.config.in_channels, *model.config.image_hw, generator=generator) * 2 - 1
     counter = FlopCounterMode(display=False)
-    with recording(model) as records, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with recording(model) as records, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), autocast, counter:
         model(pixels)
     empty = 0
     for (routing,) in records.values():
@@ -101,6 +102,16 @@ def test_balanced_routing_does_what_is_counted(size: str, priority: bool):
         model.set_routing(k, factor, priority)
         actual, _ = counted(model, images * 4)
         assert vm.count_flops(model) * images * 4 == pytest.approx(actual, rel=0.02), (k, factor)
+
+
+def test_rows_of_bfloat16_are_filled_up_by_less_than_sixteen_per_expert():
+    model = make(SMALL)
+    paid = vm.count_flops(model, batch_size=16) * 16
+    actual, empty = counted(model, 16, bf16=True)
+    kept = paid - operations_of(empty, SMALL)
+    assert kept * (1 - 1e-3) <= actual <= kept * (1 + 1e-3) + operations_of(15 * 8 * 2, SMALL)  # 8 experts, 2 layers
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert actual > kept * (1 + 1e-3)
 
 
 @pytest.mark.parametrize(

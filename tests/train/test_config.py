@@ -4,13 +4,13 @@ import json
 import pytest
 
 import visionmoe as vm
+from visionmoe.checkpoint import params_to_vmoe, write_vmoe
 from visionmoe.config import from_dict, to_dict
 from visionmoe.train.config import (
     OptimizerConfig,
     TrainConfig,
     assign,
     read_config,
-    with_image_size,
     with_model,
 )
 from visionmoe.train.recipes import FINETUNING, FROM_SCRATCH, dense_twin, get_finetuning, get_recipe
@@ -72,7 +72,14 @@ def test_assign_image_size_sets_model_and_data():
     config = assign(get_recipe("fashion_mnist"), ["image_size=56", "in_channels=3"])
     assert config.model.image_size == config.data.image_size == 56
     assert config.model.in_channels == config.data.in_channels == 3
-    assert with_image_size(config, (28, 56)).model.image_hw == (28, 56)
+    assert assign(config, ["image_size=[28, 56]"]).model.image_hw == (28, 56)
+
+
+def test_assign_image_size_keeps_the_proportion_of_the_evaluation_crop():
+    config = assign(get_recipe("fashion_mnist"), ["data.eval_resize=32"])
+    assert assign(config, ["image_size=56"]).data.eval_resize == 64  # 32 / 28 * 56
+    for order in (["image_size=56", "data.eval_resize=60"], ["data.eval_resize=60", "image_size=56"]):
+        assert assign(config, order).data.eval_resize == 60
 
 
 @pytest.mark.parametrize(
@@ -117,10 +124,22 @@ def test_recipe_mistakes():
 
 
 def test_finetuning_takes_the_size_that_a_folder_states(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"image_size": [28, 56], "in_channels": 1}}))
+    model = vm.ModelConfig(image_size=(28, 56), patch_size=14, in_channels=1, num_classes=5, hidden_size=16,
+                           num_layers=1, mlp_dim=24, num_heads=2)  # fmt: skip
+    vm.create_model(model).save_pretrained(tmp_path)
     config = get_finetuning("finetune", str(tmp_path))
     assert (config.data.image_size, config.data.in_channels) == ((28, 56), 1)
     assert get_finetuning("finetune", "vmoe_x").data.image_size == 224
+
+
+def test_finetuning_takes_the_size_of_a_checkpoint_with_its_config(tmp_path):
+    model = vm.ModelConfig(image_size=32, patch_size=8, in_channels=1, num_classes=5, hidden_size=16, num_layers=1,
+                           mlp_dim=24, num_heads=2)  # fmt: skip
+    write_vmoe(tmp_path / "ckpt", params_to_vmoe(vm.create_model(model).state_dict(), model))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(model)))
+    config = get_finetuning("finetune", str(tmp_path / "ckpt"), str(tmp_path / "config.json"))
+    assert (config.data.image_size, config.data.in_channels) == (32, 1)
+    assert config.init_config == str(tmp_path / "config.json")
 
 
 def test_read_config_names_the_file(tmp_path):

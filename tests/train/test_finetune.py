@@ -145,12 +145,14 @@ def test_evaluation_prepares_images_as_the_run_that_is_fine_tuned(trained, tmp_p
     sets = [word for text in [*TINY, "data.eval_resize=34"] for word in ("--set", text)]
     assert main(["train", "--steps", "2", "--out", str(base), *sets]) == 0
     expected = evaluated(base, tmp_path / "e")
+    assert vm.load(base / "model").preprocessing.resize_to == 34
     assert finetune(base, tmp_path / "tuned", "--steps", "0") == 0
     assert read_config(str(tmp_path / "tuned" / "config.json")).data.eval_resize == 34
     assert same(tmp_path / "tuned", expected)
-    # Larger than what the run resizes to: no crop.
+    # At another size the crop keeps its proportion: 34 / 28 * 49 = 59.5.
     assert finetune(base, tmp_path / "large", "--steps", "0", "--image-size", "49") == 0
-    assert read_config(str(tmp_path / "large" / "config.json")).data.eval_resize is None
+    assert read_config(str(tmp_path / "large" / "config.json")).data.eval_resize == 60
+    assert same(tmp_path / "large", evaluated(base, tmp_path / "e", "--image-size", "49"))
 
 
 # -- the head ----------------------------------------------------------------------------------------------------
@@ -295,6 +297,25 @@ def test_a_frozen_run_resumes(trained, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_resuming_with_other_options_says_so(trained, tmp_path, capfd):
+    out = tmp_path / "tuned"
+    assert finetune(trained, out, "--epochs", "0.25", "--freeze-router") == 0  # shorter than the recipe's warm-up
+    assert finetune(trained, out, "--freeze-router", "--resume") == 0  # what was given before may be given again
+    changes = {
+        "init_from": ["nowhere"],
+        "recipe": [str(trained), "--recipe", "finetune_cifar10"],
+        "new_head": [str(trained), "--head", "new"],
+        "optimizer.frozen_pattern": [str(trained), "--freeze", "head"],
+        "optimizer.layer_decay": [str(trained), "--layer-decay", "0.5"],
+        "init_config": [str(trained), "--model-config", "x.json"],
+    }
+    for name, arguments in changes.items():
+        capfd.readouterr()
+        assert main(["finetune", *arguments, "--out", str(out), "--resume"]) == 2, name
+        error = capfd.readouterr().err
+        assert "a resumed run must keep its" in error and name in error, error
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------
 
 MISTAKES = {
@@ -304,6 +325,16 @@ MISTAKES = {
     "frozen and trainable": (["--freeze-router", "--set", "optimizer.trainable_pattern=head"], "not both"),
     "layer decay": (["--layer-decay", "1.5"], "layer_decay must be > 0 and <= 1, got 1.5"),
     "no such head": (["--head", "old"], "('auto', 'keep', 'new')"),
+    "option of the model": (
+        ["--set", "model_options.capacity_factor=high"],
+        "model_options.moe.capacity_factor must be float, got 'high'",
+    ),
+    "routing of a layer": (
+        ["--set", "model_options.layer_routing={'1': 3}"],
+        "model_options.moe.layer_routing.1 must be a table of options, got 3",
+    ),
+    "option of the optimizer": (["--set", "optimizer.options.momentum=x"], "optimizer.options.momentum must be float"),
+    "warm-up": (["--set", "optimizer.learning_rate.warmup_steps=3"], "must be less than the run's 3 steps, got 3"),
     "size": (["--image-size", "30"], "image_size must be a multiple of patch_size"),
 }
 

@@ -163,6 +163,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(uninterrupted,
     ):
         run(config, resume=True)
     assert_same_weights(tmp_path / "run", uninterrupted)
+    messages = [r["message"] for r in read_log(tmp_path / "run" / "log.jsonl") if r["kind"] == "event"]
+    assert f"removed the damaged checkpoint {file.parent}" in messages
+
+
+def falling_then_rising(fail_at=None):
+    """An evaluator whose top-1 is best at step 4; it fails at the step `fail_at`."""
+
+    def evaluator(model, step):
+        if step == fail_at:
+            raise RuntimeError("killed here")
+        return {"top1": 1 - abs(step - 4) / 10, "odd": float("nan")}
+
+    return {"test": evaluator}
+
+
+def evaluated_steps(out):
+    return [record["step"] for record in read_log(Path(out) / "log.jsonl") if record["kind"] == "eval"]
+
+
+def test_an_evaluation_that_was_cut_is_made_up_for(tmp_path):
+    """The checkpoint of step 4 is written before its evaluation, which here never ended."""
+    config = tiny(tmp_path / "run", eval_every=2)
+    with pytest.raises(RuntimeError, match="killed here"):
+        run(config, evaluators=falling_then_rising(fail_at=4))
+    results = run(config, evaluators=falling_then_rising(), resume=True)
+    straight = run(tiny(tmp_path / "straight", eval_every=2), evaluators=falling_then_rising())
+    assert evaluated_steps(tmp_path / "run") == evaluated_steps(tmp_path / "straight") == [2, 4, 6, 8, 9]
+    assert results["best"] == straight["best"] == {"test/top1": [1.0, 4]}
+    assert results["eval"] == straight["eval"] == {"test": {"top1": 0.5, "odd": None}}
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
+    config = tiny(tmp_path / "run", eval_every=2)
+    first = run(config, evaluators=falling_then_rising())
+    checkpoint = list_checkpoints(config.out)[-1][1]
+    before = checkpoint.stat().st_ino, checkpoint.stat().st_mtime_ns
+    again = run(config, evaluators=falling_then_rising(), resume=True)
+    assert again == first and again["train"]["step"] == STEPS
+    assert evaluated_steps(config.out) == [2, 4, 6, 8, 9]
+    assert (checkpoint.stat().st_ino, checkpoint.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("length", [{"steps": 4}, {"steps": None, "epochs": 0.4}])
+def test_a_warm_up_that_does_not_fit_is_shortened(tmp_path, length):
+    config = assign(tiny(tmp_path / "run", **length), ["optimizer.learning_rate.warmup_steps=100"])
+    assert run(config)["total_steps"] == 4  # 0.4 * 320 / 32
+    assert read_config(str(tmp_path / "run" / "config.json")).optimizer.learning_rate.warmup_steps == 0  # 4 // 10
+    message = read_log(tmp_path / "run" / "log.jsonl")[0]["message"]
+    assert message == "the warm-up of 100 steps does not fit into 4 steps: it becomes 0"
+    assert run(config, resume=True)["status"] == "finished"
 
 
 def test_resolved_config_repeats_the_run(uninterrupted, tmp_path):

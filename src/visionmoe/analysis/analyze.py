@@ -13,20 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from visionmoe.analysis.collect import Keeping, Statistics, collect
-from visionmoe.analysis.gallery import pixels_of
 from visionmoe.analysis.random_router import ablations, run_ablations, summarise
 from visionmoe.config import ModelConfig, to_dict
+from visionmoe.data.decode import one_line
 from visionmoe.data.loader import EvalLoader
+from visionmoe.evaluate.adaptive import layer_settings
 from visionmoe.evaluate.classify import ClassificationEvaluator
+from visionmoe.evaluate.fingerprint import data_fingerprint, model_fingerprint
 from visionmoe.files import read_json, write_json
 from visionmoe.model.vit import VisionTransformer
 
 _log = logging.getLogger(__name__)
-FORMAT = 1  # of the files in state/
+FORMAT = 2  # of the files in state/
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,13 @@ class Analysis:
     def __init__(self, model: VisionTransformer, loader: EvalLoader, out: Path, config: AnalysisConfig) -> None:
         check_routes(model.config)
         self.model, self.loader, self.out, self.config = model, loader, out, config
-        self.fingerprint = _hash([FORMAT, model_fingerprint(model), data_fingerprint(loader), config.autocast])
+        routing = {str(layer): to_dict(setting) for layer, setting in layer_settings(model).items()}
+        self.fingerprint = _hash([FORMAT, model_fingerprint(model), routing, data_fingerprint(loader), config.autocast])
 
     def load_statistics(self) -> Statistics:
         """The tables as far as an earlier start of the same analysis filled them."""
         path, config = self._statistics_file(), self.config
         stored = Statistics.load(path, self._statistics_fingerprint())
-        if stored is None and path.exists():
-            _log.warning("%s is of other options, another model or other images; it is made anew", path)
         if stored is not None:
             return stored
         return Statistics.empty(self.model.config, self.loader.num_classes, config.permutations, config.gallery)
@@ -77,8 +75,13 @@ class Analysis:
         path = self.out / "state" / "random_routers.json"
         if not path.is_file():
             return {}
-        stored = read_json(path)
-        return stored["evaluations"] if stored.get("fingerprint") == self.fingerprint else {}
+        try:
+            stored = read_json(path)
+            evaluations = stored["evaluations"] if stored["fingerprint"] == self.fingerprint else {}
+            return {name: {"top1": float(e["top1"]), "loss": float(e["loss"])} for name, e in evaluations.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _log.warning("%s does not hold evaluations (%s); they are made anew", path, one_line(error))
+            return {}
 
     def missing(self, done: dict[str, dict[str, float]]) -> int:
         """How many evaluations `run_random_routers` would make."""
@@ -111,31 +114,6 @@ def check_routes(config: ModelConfig) -> None:
         raise ValueError("the model is dense: it has no routers to analyze")
     if config.moe.router == "soft":
         raise ValueError("the model is a Soft MoE, which mixes tokens instead of routing them: no routers to analyze")
-
-
-def model_fingerprint(model: VisionTransformer) -> str:
-    """Hexadecimal SHA-256 of the config, with the routing in force, and of all weights."""
-    digest = hashlib.sha256(json.dumps(to_dict(model.config), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def data_fingerprint(loader: EvalLoader, samples: int = 16) -> str:
-    """Hexadecimal SHA-256 of where the images come from, how they are prepared and grouped, all labels, and the pixels
-    of a few images spread over the data (of all would cost a pass); a broken one counts as its message."""
-    config, source = loader.config, loader.source
-    digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
-    about = [config.source, config.eval_split, config.image_hw, config.in_channels, config.eval_resize,
-             config.eval_batch_size, list(source.class_names)]  # fmt: skip
-    digest.update(json.dumps(about).encode())
-    for index in np.unique(np.linspace(0, len(source) - 1, samples).round().astype(int)):
-        try:
-            digest.update(pixels_of(source, config, int(index)).tobytes())
-        except ValueError as error:
-            digest.update(str(error).encode())
-    return digest.hexdigest()
 
 
 def _hash(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +14,18 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from visionmoe.analysis.record import recording, recording_entropy, requests_of
+from visionmoe.analysis.record import entropy_bits, recording, recording_probabilities, requests_of, with_probabilities
 from visionmoe.analysis.stats import LayerStatistics, Shape, make_shuffles
 from visionmoe.config import ModelConfig
+from visionmoe.data.decode import one_line
 from visionmoe.data.loader import EvalLoader
-from visionmoe.data.sources import Slice
 from visionmoe.evaluate.classify import autocast_context, evaluation_mode, prepare
 from visionmoe.files import atomic_write
 from visionmoe.model.vit import VisionTransformer
+
+_log = logging.getLogger(__name__)
+# What reading a file raises that was cut, is empty or holds something else.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
@@ -57,23 +63,25 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> Self | None:
-        """What `save` wrote with this fingerprint; None where there is no such file or it is another's."""
+        """What `save` wrote with this fingerprint; None for none, and with a warning for another's or damage."""
         if not path.is_file():
             return None
         try:
             with np.load(path, allow_pickle=False) as stored:
                 about = json.loads(str(stored["about"]))
                 if about["fingerprint"] != fingerprint:
+                    _log.warning("%s is of other options, another model or other images; it is made anew", path)
                     return None
                 shapes = {int(layer): Shape(**shape) for layer, shape in about["shapes"].items()}
                 tables: dict[int, dict[str, np.ndarray]] = {layer: {} for layer in shapes}
                 for key in set(stored.files) - {"about"}:
                     layer, _, name = key.partition(".")
                     tables[int(layer)][name] = stored[key]
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not a file of statistics ({error}); delete it to begin anew") from None
-        layers = {layer: LayerStatistics.of_arrays(arrays) for layer, arrays in tables.items()}
-        return cls(shapes, layers, about["num_images"], about["next_image"], about["broken"])
+            layers = {layer: LayerStatistics.of_arrays(arrays) for layer, arrays in tables.items()}
+            return cls(shapes, layers, about["num_images"], about["next_image"], about["broken"])
+        except _DAMAGE as error:
+            _log.warning("%s is not a file of statistics (%s); it is made anew", path, one_line(error))
+            return None
 
 
 @dataclass(frozen=True)
@@ -104,19 +112,17 @@ def collect(
     start = statistics.next_image
     if start >= len(source):
         return
-    rest = EvalLoader(loader.config, source=Slice(source, np.arange(start, len(source)))) if start else loader
     with evaluation_mode(model):
-        for images, labels, indices in rest:
-            indices = indices + start
+        for images, labels, indices in loader.batches(start // size):
             _add(model, statistics, source.labels, images, labels, indices, seed, autocast)
             statistics.next_image = (int(indices[-1]) // size + 1) * size  # the batch may have lost broken images
-            statistics.broken |= rest.broken
+            statistics.broken |= loader.broken
             on_batch(len(images))
             if keeping is not None and time.monotonic() - saved >= keeping.seconds:
                 statistics.save(keeping.path, keeping.fingerprint)
                 saved = time.monotonic()
     statistics.next_image = len(source)
-    statistics.broken |= rest.broken
+    statistics.broken |= loader.broken
     if not statistics.num_images:
         raise ValueError("the data has no images")
     if keeping is not None:
@@ -135,14 +141,15 @@ def _add(
 ) -> None:
     """One batch of every layer."""
     config, count = model.config, len(images)
-    with recording(model) as routings, recording_entropy(model) as entropies, autocast_context(model, autocast):
+    with recording(model) as routings, recording_probabilities(model) as found, autocast_context(model, autocast):
         model(prepare(model, images))
     first = next(iter(statistics.shapes.values()))  # labels, positions and P are the same in all layers
     shuffles = make_shuffles(first, all_labels, indices.numpy(), seed)
     for layer, table in statistics.layers.items():
-        requests = requests_of(routings[layer][0], config, count)
-        entropy: Any = entropies[layer][0].view(-1, config.num_tokens, config.ensemble_size)[:count]
-        table.add(statistics.shapes[layer], requests, entropy.cpu().numpy(), labels.numpy(), indices.numpy(), shuffles)
+        probabilities = found[layer][0]
+        requests = requests_of(with_probabilities(routings[layer][0], probabilities), config, count)
+        entropy = entropy_bits(probabilities, config, count).cpu().numpy()
+        table.add(statistics.shapes[layer], requests, entropy, labels.numpy(), indices.numpy(), shuffles)
     statistics.num_images += count
 
 

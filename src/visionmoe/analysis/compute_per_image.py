@@ -4,7 +4,7 @@ With batch-priority routing and scarce places the images of a batch compete: the
 processed, wherever they are (arXiv 2106.05974, section 4). So one image may keep most of its tokens and another few.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from visionmoe.analysis.record import experts_per_token, recording, to_grid
 from visionmoe.config import ModelConfig, RoutingSetting
 from visionmoe.data.transforms import to_uint8
-from visionmoe.evaluate.adaptive import restored_routing, set_routing
+from visionmoe.evaluate.adaptive import most_selected_experts, restored_routing, set_routing
 from visionmoe.evaluate.classify import Loader, autocast_context, evaluation_mode, prepare
 from visionmoe.model.routing import Routing
 from visionmoe.model.vit import ModelOutput, VisionTransformer
@@ -76,11 +76,18 @@ def shares_per_image(routings: Mapping[int, Routing], config: ModelConfig, num_i
 
 
 def record_compute(
-    model: VisionTransformer, loader: Loader, setting: RoutingSetting, *, examples: int = 6, autocast: bool = False
+    model: VisionTransformer,
+    loader: Loader,
+    setting: RoutingSetting,
+    *,
+    examples: int = 6,
+    autocast: bool = False,
+    on_batch: Callable[[int], None] = lambda images: None,
 ) -> tuple[ImageCompute, list[Example], list[Example]]:
     """Runs all images at `setting` and at the model's own, which is restored.
 
-    Returns the table, and the `examples` images that got least and most, in the order of what they got.
+    Returns the table, and the `examples` images that got least and most, in the order of what they got. on_batch:
+    called with the number of images of every batch.
     """
     columns: list[tuple[Tensor, ...]] = []
     fewest: list[Example] = []
@@ -100,6 +107,7 @@ def record_compute(
                 chosen += _examples(model.config, routings, images, columns[-1], places)
             fewest = sorted(fewest, key=lambda e: e.share)[:examples]
             most = sorted(most, key=lambda e: -e.share)[:examples]
+            on_batch(len(images))
     if not columns:
         raise ValueError("the data has no images")
     return ImageCompute(*(torch.cat(column) for column in zip(*columns, strict=True))), fewest, most
@@ -139,12 +147,13 @@ def draw_compute_per_image(
     *,
     capacity_factor: float = CAPACITY,
     autocast: bool = False,
+    on_batch: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Any]:
     """Draws the images that got least and most at this capacity, batch-priority; returns the numbers for the JSON."""
     from visionmoe.analysis import figures
 
-    setting = RoutingSetting(model.config.moe.num_selected_experts, capacity_factor, True)
-    compute, fewest, most = record_compute(model, loader, setting, autocast=autocast)
+    setting = RoutingSetting(most_selected_experts(model), capacity_factor, True)
+    compute, fewest, most = record_compute(model, loader, setting, autocast=autocast, on_batch=on_batch)
     by_quarter = quartiles(compute)
     figures.compute_per_image(path, fewest, most, by_quarter, compute.share.tolist(), class_names, setting)
     return {

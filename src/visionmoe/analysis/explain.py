@@ -61,10 +61,16 @@ def in_short(results: Results) -> list[str]:
 
 def _facts(results: Results) -> Table:
     moe = results["model_config"]["moe"]
-    routers = {"top_k": f"top {moe['num_selected_experts']} of {moe['num_experts']} experts",
+    own = moe["layer_routing"] or {}
+    used = [own.get(n, moe) for n in results["layers"]]  # where every block has its own, the common one is in no use
+    k, capacity, order = (
+        " or ".join(str(value) for value in sorted({setting[name] for setting in used}))
+        for name in ("num_selected_experts", "capacity_factor", "batch_priority")
+    )
+    order = {"True": "batch-priority", "False": "vanilla"}.get(order, "vanilla or batch-priority")
+    routers = {"top_k": f"top {k} of {moe['num_experts']} experts",
                "expert_choice": f"expert choice, {moe['num_experts']} experts"}  # fmt: skip
-    order = "batch-priority" if moe["batch_priority"] else "vanilla"
-    routing = f"{routers[moe['router']]}, capacity factor {moe['capacity_factor']:g}"
+    routing = f"{routers[moe['router']]}, capacity factor {capacity}"
     routing += f", {order} order" if moe["router"] == "top_k" else ""
     routing += f", ensemble of {moe['ensemble_size']}" if moe["ensemble_size"] > 1 else ""
     routing += ", some blocks have their own" if moe["layer_routing"] else ""
@@ -83,11 +89,11 @@ def _facts(results: Results) -> Table:
 
 def _sections(out: Path, results: Results) -> list[Section | None]:
     return [
-        _classes(out),
+        _classes(out, results),
         _information(out, results),
         _random(out, results),
         *_galleries(out, results),
-        _positions(out),
+        _positions(out, results),
         _capacities(out, results),
         _load(out, results),
         _weights(out, results),
@@ -95,7 +101,13 @@ def _sections(out: Path, results: Results) -> list[Section | None]:
     ]
 
 
-def _classes(out: Path) -> Section:
+def _experts_choose(results: Results) -> bool:
+    return bool(results["model_config"]["moe"]["router"] == "expert_choice")
+
+
+def _classes(out: Path, results: Results) -> Section:
+    rows = "each expert that takes it" if _experts_choose(results) else "each of its K experts"
+    sums = "" if _experts_choose(results) else ", so a row sums to K (times the members of an ensemble)"
     return Section(
         "Experts and classes",
         [
@@ -104,10 +116,9 @@ def _classes(out: Path) -> Section:
             "router does not look at what the image shows."
         ],
         [
-            "A token counts for each of its K experts, whether or not it found a place, so a row sums to K (times the "
-            "members of an ensemble). Rows and columns are ordered to bring the structure out, in every block by "
-            "itself: experts in the chain whose neighbours have the most similar classes, classes by the expert that "
-            "they prefer over the average class."
+            f"A token counts for {rows}, whether or not it found a place{sums}. Rows and columns are ordered to bring "
+            "the structure out, in every block by itself: experts in the chain whose neighbours have the most similar "
+            "classes, classes by the expert that they prefer over the average class."
         ],
         [(out / "experts_by_class.png", "Heat maps of the share of each class's tokens per expert")],
     )
@@ -176,8 +187,8 @@ def _galleries(out: Path, results: Results) -> list[Section]:
         Section(
             f"The patches that each expert likes most: block {n}",
             [
-                "Each row shows the patches (orange frame, with their surroundings) that were sent to the expert with "
-                "the largest combine weights, at most one per image. Under each the class of its image."
+                "Each row shows the patches (orange frame, with their surroundings) that asked for the expert with "
+                "the largest probabilities of the router, at most one per image. Under each the class of its image."
             ],
             pictures=[(out / f"gallery_block{n}.png", f"Favourite patches of every expert of block {n}")],
         )
@@ -185,7 +196,8 @@ def _galleries(out: Path, results: Results) -> list[Section]:
     ]
 
 
-def _positions(out: Path) -> Section:
+def _positions(out: Path, results: Results) -> Section:
+    sums = "" if _experts_choose(results) else "The maps of all experts add up to K at every place. "
     return Section(
         "Experts and places",
         [
@@ -193,12 +205,18 @@ def _positions(out: Path) -> Section:
             "expert. An expert that lights up at the rim or in the middle has learned a place, or what usually "
             "is there, such as background."
         ],
-        ["The maps of all experts add up to K at every place. The class token has no place and is not shown."],
+        [f"{sums}The class token has no place and is not shown."],
         [(out / "experts_by_position.png", "Maps of the share of tokens per place and expert")],
     )
 
 
 def _capacities(out: Path, results: Results) -> Section:
+    orders = (
+        "Batch-priority routing serves the tokens of which the router is surest first, from whatever image; vanilla "
+        "routing serves them by their position in the batch, and the last images lose everything."
+    )
+    if _experts_choose(results):
+        orders = "Every expert takes the tokens of which the router is surest, from whatever image."
     pictures = [(out / "kept_patches.gif", "Animation: photographs losing patches as capacity falls")]
     pictures += [
         (out / name, "Photographs with kept and dropped patches")
@@ -209,9 +227,7 @@ def _capacities(out: Path, results: Results) -> Section:
         "Fewer places: which patches are left",
         [
             "Experts have a limited number of places per batch. As they get fewer, dark patches are processed by no "
-            "expert of the last sparse layer; only the residual connection carries them. Batch-priority routing serves "
-            "the tokens of which the router is surest first, from whatever image; vanilla routing serves them by their "
-            "position in the batch, and the last images lose everything."
+            f"expert of the last sparse layer; only the residual connection carries them. {orders}"
         ],
         ["All images are one batch, spread over the data; the percentages are of all its patches."],
         pictures,
@@ -238,16 +254,19 @@ def _weights(out: Path, results: Results) -> Section:
         weights = layer["combine_weights"]
         for rank, (mean, std) in enumerate(zip(weights["mean"], weights["std"], strict=True), start=1):
             rows.append((f"block {n}, choice {rank}", f"{mean:.3f}", f"{std:.3f}"))
+    use = "the weight with which the expert's output enters the token's sum"
+    if results["model_config"]["moe"]["normalize_combine_weights"]:
+        use += ", there divided by the sum over the experts that process the token"
     return Section(
         "Combine weights",
         [
-            "The weight with which an expert's output enters a token's sum: the router's probability of the expert. "
+            f"The router's probability of the expert, {use}. "
             "First choices near 1 mean a router that is sure; first and second choices alike, one that hedges."
         ],
         [
-            "Weights are not renormalised after the choice: they need not add up to 1, and the second is at most 0.5."
-            if results["model_config"]["moe"]["router"] == "top_k"
-            else "With expert choice tokens have no first or second choice; all weights are in one histogram."
+            "With expert choice tokens have no first or second choice; all are in one histogram."
+            if _experts_choose(results)
+            else "Probabilities of the chosen experts need not add up to 1, and the second is at most 0.5."
         ],
         pictures=[(out / "combine_weights.png", "Histograms of combine weights per block and choice")],
         table=Table(("", "mean", "standard deviation"), rows),

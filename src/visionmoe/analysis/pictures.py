@@ -1,7 +1,7 @@
 """All pictures of an analysis, from its statistics, its ablations and a batch of photographs to files."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from visionmoe.analysis.collect import Statistics
 from visionmoe.analysis.gallery import crops_of
 from visionmoe.analysis.record import kept_patches
-from visionmoe.analysis.report import draw_kept_patches, spread_examples
+from visionmoe.analysis.report import FACTORS, draw_masks, spread_examples
 from visionmoe.config import RoutingSetting
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import Slice
 from visionmoe.data.transforms import to_uint8
+from visionmoe.evaluate.adaptive import most_selected_experts
 from visionmoe.model.vit import VisionTransformer
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -50,7 +51,8 @@ def draw_statistics(
             for n, share in of_each("experts_by_position", "share").items()}  # fmt: skip
     figures.experts_by_position(out / "experts_by_position.png", maps,
                                 "Share of the tokens at each place that ask for each expert")  # fmt: skip
-    figures.combine_weights(out / "combine_weights.png", {n: t.weights for n, t in tables.items()}, "Combine weights")
+    figures.combine_weights(out / "combine_weights.png", {n: t.weights for n, t in tables.items()},
+                            "The router's probabilities of the chosen experts")  # fmt: skip
     figures.expert_load(out / "expert_load.png", {n: t.asked.sum(0) for n, t in tables.items()},
                         {n: t.kept.sum(0) for n, t in tables.items()}, "Load of the experts")  # fmt: skip
     figures.entropies(out / "entropy.png", {n: t.entropies for n, t in tables.items()},
@@ -71,8 +73,14 @@ def draw_statistics(
     )
 
 
-def draw_galleries(out: Path, model: VisionTransformer, statistics: Statistics, loader: EvalLoader) -> None:
-    """gallery_block<i>.png of every sparse layer."""
+def draw_galleries(
+    out: Path,
+    model: VisionTransformer,
+    statistics: Statistics,
+    loader: EvalLoader,
+    on_layer: Callable[[], None] = lambda: None,
+) -> None:
+    """gallery_block<i>.png of every sparse layer; on_layer is called after each."""
     from visionmoe.analysis import figures
 
     config = model.config
@@ -92,6 +100,7 @@ def draw_galleries(out: Path, model: VisionTransformer, statistics: Statistics, 
         labels = [f"expert {expert}\n{share:.1%} of requests" for expert, share in enumerate(load)]
         title = f"Block {layer}: the patches that each expert likes most"
         figures.gallery(out / f"gallery_block{layer}.png", crops, labels, title)
+        on_layer()
 
 
 def spread_batch(loader: EvalLoader) -> Batch:
@@ -99,30 +108,44 @@ def spread_batch(loader: EvalLoader) -> Batch:
     count = min(len(loader.source), loader.config.eval_batch_size)
     chosen = np.unique(np.linspace(0, len(loader.source) - 1, count).round().astype(np.int64))
     chosen = np.random.default_rng(0).permutation(chosen)
-    config = dataclasses.replace(loader.config, workers=0)
+    config = dataclasses.replace(loader.config, workers=0, max_broken=1.0)  # of the whole data, not of these few
     return next(iter(EvalLoader(config, source=Slice(loader.source, chosen))))
 
 
-def draw_capacities(out: Path, model: VisionTransformer, loader: EvalLoader) -> dict[str, dict[str, float]]:
-    """Photographs at falling capacity, as pictures and as an animation; the shares of kept patches by order."""
+def orders_of(model: VisionTransformer) -> dict[str, bool]:
+    """The orders of tokens that are drawn, by name: whether they are batch-priority."""
+    if model.config.moe.router == "expert_choice":  # experts choose; there is no order of tokens
+        return {"expert choice": False}
+    return {"batch-priority routing": True, "vanilla routing": False}
+
+
+def draw_capacities(
+    out: Path,
+    model: VisionTransformer,
+    loader: EvalLoader,
+    *,
+    autocast: bool = False,
+    on_frame: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float]]:
+    """Photographs at falling capacity, as pictures and as an animation; the shares of kept patches by order.
+
+    on_frame: called after each of FRAMES, in every order.
+    """
     from visionmoe.analysis import figures
 
     batch = spread_batch(loader)
     images, labels, _ = batch
     present = torch.unique(labels).tolist()
     classes = [present[i] for i in np.unique(np.linspace(0, len(present) - 1, SHOWN).round().astype(int))]
-    orders = {"batch-priority routing": True, "vanilla routing": False}
-    if model.config.moe.router == "expert_choice":  # experts choose; there is no order of tokens
-        orders = {"expert choice": False}
-    layer, k = model.moe_layers[-1], model.config.moe.num_selected_experts
+    layer, k = model.moe_layers[-1], most_selected_experts(model)
     rows = spread_examples(labels, classes)
     kept, shares = {}, {}
-    for name, priority in orders.items():
+    for name, priority in orders_of(model).items():
         file = "kept_patches_vanilla.png" if name.startswith("vanilla") else "kept_patches.png"
-        draw_kept_patches(
-            out / file, model, batch, loader.class_names, batch_priority=priority, classes=classes, order=name
-        )
-        masks = kept_patches(model, images, [RoutingSetting(k, factor, priority) for factor in FRAMES])[layer]
+        settings = [RoutingSetting(k, factor, priority) for factor in FRAMES]
+        masks = kept_patches(model, images, settings, autocast=autocast, on_setting=on_frame)[layer]
+        by_factor = {factor: mask for factor, mask in zip(FRAMES, masks, strict=True) if factor in FACTORS}
+        draw_masks(out / file, batch, by_factor, loader.class_names, classes, f"block {layer}, K={k}, {name}")
         kept[name] = [mask[rows].numpy() for mask in masks]
         shares[name] = [mask.float().mean().item() for mask in masks]
     pictures = to_uint8(images[rows]).permute(0, 2, 3, 1).cpu().numpy()  # (B, C, H, W) -> (B, H, W, C)

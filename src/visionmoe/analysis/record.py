@@ -1,7 +1,8 @@
 """Records what the routers of a model do with given images."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from visionmoe.config import ModelConfig, RoutingSetting
 from visionmoe.evaluate.adaptive import restored_routing, set_routing
-from visionmoe.evaluate.classify import evaluation_mode, prepare
+from visionmoe.evaluate.classify import autocast_context, evaluation_mode, prepare
 from visionmoe.model.router import Router
 from visionmoe.model.routing import Routing
 from visionmoe.model.vit import VisionTransformer
@@ -22,7 +23,8 @@ class Requests:
     """What the tokens of a batch asked of one sparse layer; numpy, one entry per request, (R,).
 
     image: number in the batch. token: place in the image, the class token included. rank: 0 for the first choice, 1 for
-    the second, ...; with expert choice, where tokens have no choices, 0. weight: the combine weight. kept: bool.
+    the second, ...; with expert choice, where tokens have no choices, 0. weight: that of the routing, see
+    `with_probabilities`. kept: bool.
     """
 
     image: np.ndarray
@@ -45,16 +47,15 @@ def recording(model: VisionTransformer) -> Iterator[dict[int, list[Routing]]]:
 
 
 @contextlib.contextmanager
-def recording_entropy(model: VisionTransformer) -> Iterator[dict[int, list[Tensor]]]:
-    """As `recording`, but of the entropy, in bits, of every token's probabilities, one (B*T, M) per call.
+def recording_probabilities(model: VisionTransformer) -> Iterator[dict[int, list[Tensor]]]:
+    """As `recording`, but of every token's probabilities over its experts, one (G, S, E/M) per call.
 
     The probabilities are computed anew from the router's input: a forward pass without this pays nothing for it.
     """
     records: dict[int, list[Tensor]] = {layer: [] for layer in model.moe_layers}
 
     def record(layer: int, router: Router, x: Tensor, routing: Routing) -> None:
-        entropy = torch.special.entr(router.probabilities(x)).sum(-1) / np.log(2)  # (G, M, S/M)
-        records[layer].append(entropy.transpose(1, 2).flatten(0, 1))
+        records[layer].append(router.probabilities(x).transpose(1, 2).flatten(1, 2))  # (G, M, S/M, E/M) -> (G, S, E/M)
 
     with _hooks(model, record):
         yield records
@@ -81,11 +82,11 @@ def _hooks(model: VisionTransformer, record: Any) -> Iterator[None]:
             handle.remove()
 
 
-def record_routing(model: VisionTransformer, images: Tensor) -> dict[int, Routing]:
+def record_routing(model: VisionTransformer, images: Tensor, *, autocast: bool = False) -> dict[int, Routing]:
     """The routing of every sparse layer, by block number, for images (B, C, H, W) as one batch, without noise."""
     if images.shape[-2:] != model.config.image_hw:
         raise ValueError(f"images must be {model.config.image_hw} pixels, as the model, got {tuple(images.shape[-2:])}")
-    with evaluation_mode(model), recording(model) as records:
+    with evaluation_mode(model), recording(model) as records, autocast_context(model, autocast):
         model(prepare(model, images))
     return {layer: routings[0] for layer, routings in records.items()}
 
@@ -104,20 +105,26 @@ def to_grid(per_token: Tensor, config: ModelConfig) -> Tensor:
 
 
 def kept_patches(
-    model: VisionTransformer, images: Tensor, settings: Sequence[RoutingSetting]
+    model: VisionTransformer,
+    images: Tensor,
+    settings: Sequence[RoutingSetting],
+    *,
+    autocast: bool = False,
+    on_setting: Callable[[], None] = lambda: None,
 ) -> dict[int, list[Tensor]]:
     """Which patches at least one expert processes, by block number, one (B, rows, columns) bool per setting.
 
     All images are one batch, so they compete for the experts' places where the routing groups span images.
-    The model's own routing is restored afterwards.
+    The model's own routing is restored afterwards. on_setting: called after each of them.
     """
     kept: dict[int, list[Tensor]] = {layer: [] for layer in model.moe_layers}
     with restored_routing(model):
         for setting in settings:
             set_routing(model, setting)
-            for layer, routing in record_routing(model, images).items():
+            for layer, routing in record_routing(model, images, autocast=autocast).items():
                 counts = experts_per_token(routing, model.config, len(images))
                 kept[layer].append(to_grid(counts, model.config).cpu() > 0)
+            on_setting()
     return kept
 
 
@@ -138,8 +145,28 @@ def experts_by_class(
             for layer, total in totals.items()}  # fmt: skip
 
 
+def entropy_bits(probabilities: Tensor, config: ModelConfig, num_images: int) -> Tensor:
+    """Entropy of every token's probabilities in bits, (B, T, M), from the (G, S, E/M) of `recording_probabilities`."""
+    entropy = torch.special.entr(probabilities).sum(-1) / np.log(2)
+    return entropy.view(-1, config.num_tokens, config.ensemble_size)[:num_images]
+
+
+def with_probabilities(routing: Routing, probabilities: Tensor) -> Routing:
+    """The same requests, with the router's probabilities (G, S, E/M) of their experts as weights.
+
+    Normalised combine weights are 1 and 0 where one request of a token's two is dropped, whatever the router thinks.
+    """
+    groups, requests = routing.token_index.shape
+    group = torch.arange(groups, device=probabilities.device)[:, None].expand(groups, requests)
+    weights = probabilities[group, routing.token_index, routing.expert_index % probabilities.shape[-1]]
+    return dataclasses.replace(routing, combine_weights=weights)
+
+
 def requests_of(routing: Routing, config: ModelConfig, num_images: int) -> Requests:
-    """The requests of the first `num_images` images; those that only fill the last group are left out."""
+    """The requests of the first `num_images` images; those that only fill the last group are left out.
+
+    Their weights are the routing's: see `with_probabilities`.
+    """
     groups, requests = routing.token_index.shape
     top_k = config.moe.router == "top_k"
     choices = requests // routing.num_tokens if top_k else 1

@@ -12,7 +12,7 @@ from visionmoe.analysis.record import experts_by_class, kept_patches
 from visionmoe.analysis.seriation import seriate
 from visionmoe.config import RoutingSetting
 from visionmoe.data.transforms import to_uint8
-from visionmoe.evaluate.adaptive import SweepPoint
+from visionmoe.evaluate.adaptive import SweepPoint, most_selected_experts
 from visionmoe.evaluate.classify import Loader
 from visionmoe.model.vit import VisionTransformer
 
@@ -71,23 +71,35 @@ def draw_kept_patches(
     order: what the title calls the routing; "": by batch_priority.
     Returns the share of all patches of the batch that are kept, by capacity factor.
     """
+    layer, k = model.moe_layers[-1], most_selected_experts(model)
+    settings = [RoutingSetting(k, factor, batch_priority) for factor in factors]
+    masks = dict(zip(factors, kept_patches(model, batch[0], settings)[layer], strict=True))
+    order = order or ("batch-priority routing" if batch_priority else "vanilla routing")
+    return draw_masks(path, batch, masks, class_names, classes, f"block {layer}, K={k}, {order}")
+
+
+def draw_masks(
+    path: Path,
+    batch: tuple[Tensor, Tensor, Tensor],
+    masks: Mapping[float, Tensor],
+    class_names: Sequence[str],
+    classes: Sequence[int],
+    what: str,
+) -> dict[float, float]:
+    """Photographs of these classes with masks (B, rows, columns) bool by capacity factor; returns the shares kept."""
     from visionmoe.analysis import figures
 
     images, labels, _ = batch
-    layer, k = model.moe_layers[-1], model.config.moe.num_selected_experts
-    settings = [RoutingSetting(k, factor, batch_priority) for factor in factors]
-    kept = kept_patches(model, images, settings)[layer]
     rows = spread_examples(labels, classes)
     pictures = to_uint8(images[rows]).permute(0, 2, 3, 1).cpu().numpy()  # (B, C, H, W) -> (B, H, W, C)
-    shares = {factor: mask.float().mean().item() for factor, mask in zip(factors, kept, strict=True)}
-    order = order or ("batch-priority routing" if batch_priority else "vanilla routing")
+    shares = {factor: mask.float().mean().item() for factor, mask in masks.items()}
     figures.kept_patches(
         path,
         pictures,
-        [mask[rows].numpy() for mask in kept],
+        [mask[rows].numpy() for mask in masks.values()],
         shares,
         [class_names[label] for label in labels[rows].tolist()],
-        title=f"What is left when experts have fewer places: block {layer}, K={k}, {order}",
+        title=f"What is left when experts have fewer places: {what}",
     )
     return shares
 

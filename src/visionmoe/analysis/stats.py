@@ -41,7 +41,7 @@ class LayerStatistics:
     """Of one sparse layer; axis "2" is first choices and later ones. Counts are int64 and of requests.
 
     by_class (classes, 2, E) and by_position (T, 2, E); the same of shuffled labels (P, ...). asked, kept (K, E).
-    weights (K, bins): combine weights over 0 .. 1. entropies (bins,): of tokens' probabilities, over 0 .. log2(E/M)
+    weights (K, bins): Requests.weight, 0 .. 1. entropies (bins,): of tokens' probabilities, over 0 .. log2(E/M)
     bits. weight_moments (K, 3), entropy_moments (1, 3): count, mean, sum of squared deviations.
     entropy_by_position, served_by_position (T,): sum of entropies; how many tokens at least one expert processed.
     images (classes,).

@@ -24,7 +24,7 @@ from visionmoe.checkpoint.transformers_vit import PREPROCESSOR_NAME, source_of_t
 from visionmoe.config import ModelConfig
 from visionmoe.files import read_json
 from visionmoe.model.hub import fetch, split_name
-from visionmoe.model.pretrained import CONFIG_NAME, FORMAT, Preprocessing
+from visionmoe.model.pretrained import CONFIG_NAME, FORMAT
 from visionmoe.model.vit import VisionTransformer
 
 TIMM = "timm:"
@@ -35,8 +35,8 @@ class ModelSource:
     """A model of ours in memory."""
 
     def __init__(self, model: VisionTransformer) -> None:
-        self.config, self.preprocessing = model.config, Preprocessing.of(model.config)
-        self.class_names: tuple[str, ...] | None = None
+        self.config, self.preprocessing = model.config, model.preprocessing
+        self.class_names = model.class_names
         self._state = model.state_dict()
 
     def check(self, left_out: Iterable[str]) -> None:
@@ -59,15 +59,17 @@ def open_dense(
     "hf-hub:USER/NAME[@REVISION]"; a folder that save_pretrained wrote, here or in transformers, or timm's; a
     .safetensors file with timm's names; a .npz of vision_transformer; a checkpoint PREFIX or published name.
     config: for a .npz or PREFIX, as `visionmoe.load` takes it. timm_model: the timm model whose state_dict a
-    .safetensors file is; without it heads of 64, exact GELU and images in [-1, 1] are taken for granted.
+    .safetensors file is; without it heads of 64, exact GELU and images in [-1, 1] are taken for granted. ValueError
+    for one of these that the source does not need.
     """
+    where = f"this {type(model_or_path).__name__}" if isinstance(model_or_path, nn.Module) else os.fspath(model_or_path)
+    if timm_model is not None and not where.endswith(".safetensors"):
+        raise ValueError(f"timm_model is for .safetensors files with timm's names, got {where}")
     if isinstance(model_or_path, nn.Module):
+        if config is not None:
+            raise _own_config(where)
         source = _of_module(model_or_path)
-        where = type(model_or_path).__name__
     else:
-        where = os.fspath(model_or_path)
-        if timm_model is not None and not where.endswith(".safetensors"):
-            raise ValueError(f"timm_model is for .safetensors files with timm's names, got {where}")
         source = _of_path(where, config, timm_model)
     if source.config.moe.layers:
         raise ValueError(f"{where} has sparse layers already, {list(source.config.moe.layers)}: give a dense ViT")
@@ -118,6 +120,8 @@ def _of_module(model: nn.Module) -> Source:
 
 
 def _of_path(path: str, config: Config, timm_model: str | None) -> Source:
+    if config is not None and (path.startswith((TIMM, HUB)) or path.endswith(".safetensors")):
+        raise _own_config(path)
     if path.startswith(TIMM):
         name = path.removeprefix(TIMM)
         return source_of_timm_model(create_timm_model(name, pretrained=True), path)
@@ -129,11 +133,17 @@ def _of_path(path: str, config: Config, timm_model: str | None) -> Source:
         reader = NpzReader(path)
         return ReferenceSource(reader, npz_config(reader.shapes, path))
     description = _description(Path(path) / CONFIG_NAME)
+    if config is not None and {"architecture", "model_type"} & {*description}:
+        raise _own_config(path)
     if "architecture" in description:
         return source_of_timm_folder(Path(path), description)
     if "model_type" in description:
         return source_of_transformers_folder(Path(path), description)
     return open_source(path, config)
+
+
+def _own_config(where: str) -> ValueError:
+    return ValueError(f"{where} says its config itself; config is for checkpoint prefixes and .npz files")
 
 
 def _of_state_file(path: Path, timm_model: str | None) -> Source:
@@ -142,7 +152,7 @@ def _of_state_file(path: Path, timm_model: str | None) -> Source:
         raise ValueError(f"{path} is of Hugging Face transformers: give its folder, with config.json")
     if timm_model is None:
         return timm_source(tensors, TimmFacts())
-    classes = tensors.shapes.get("head.weight", (0,))[0]
+    classes = tensors.length("head.weight") if "head.weight" in tensors.shapes else 0
     with torch.device("meta"):
         model = create_timm_model(timm_model, pretrained=False, num_classes=classes)
     return source_of_timm_model(model, str(path), tensors)

@@ -35,6 +35,12 @@ class StateTensors:
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self._path} is not a valid safetensors file: {error}") from None
 
+    def length(self, name: str) -> int:
+        """Of axis 0; ValueError for a scalar."""
+        if not self.shapes[name]:
+            raise ValueError(f"{self.where}: {name} must have axes, got a scalar")
+        return self.shapes[name][0]
+
     def read(self, name: str) -> Tensor:
         if self._tensors is not None:
             return self._tensors[name].detach().cpu()
@@ -97,6 +103,9 @@ class ForeignSource:
             if entry is None or any(n not in self._tensors.shapes for n in entry.names):
                 continue
             found[name] = self._shape(entry) if entry.names else shape
+            scale = self._tensors.shapes[entry.scale] if entry.scale else shape[:1]
+            if scale != shape[:1]:
+                raise ValueError(f"{self._tensors.where}: {entry.scale} must be {shape[:1]}, got {scale}")
         complain(self._tensors.where, compare(found, wanted))
 
     def dtype(self, name: str) -> torch.dtype:
@@ -126,7 +135,11 @@ class ForeignSource:
         return value
 
     def _shape(self, entry: Entry) -> tuple[int, ...]:
+        """ValueError where the tensors cannot be joined."""
         shapes = [self._tensors.shapes[name] for name in entry.names]
+        if any(len(s) <= entry.zero_row or s[1:] != shapes[0][1:] for s in shapes):
+            given = ", ".join(f"{name} {shape}" for name, shape in zip(entry.names, shapes, strict=True))
+            raise ValueError(f"{self._tensors.where} has parameters of shapes that do not fit: {given}")
         shape = (sum(s[0] for s in shapes), *shapes[0][1:])
         return (shape[0], shape[1] + 1, *shape[2:]) if entry.zero_row else shape
 

@@ -39,6 +39,9 @@ def load(
     complain("the checkpoint with these overrides", _misfits(source.config, final, fresh))
     with torch.device("meta"):
         model = VisionTransformer(final)
+    model.class_names = None if "head" in fresh else source.class_names
+    if (final.image_hw, final.in_channels) == (source.config.image_hw, source.config.in_channels):
+        model.preprocessing = source.preprocessing
     state = {name: torch.empty(t.shape, dtype=torch.float32) for name, t in model.state_dict().items()}
     _fill(state, source, final, fresh)
     model.load_state_dict(state, assign=True)

@@ -30,7 +30,8 @@ from visionmoe.checkpoint.errors import CheckpointError, MissingFileError
 from visionmoe.files import read_json, sha256, sync, write_json
 
 FOLDER = "checkpoints"
-_STEP_NAME = re.compile(r"step_(\d{8,})$")
+_OLD = "old-"  # prefix of one that is being replaced; it sorts before its successor
+_STEP_NAME = re.compile(rf"(?:{_OLD})?step_(\d{{8,}})$")
 _NOT_YET = ".partial-"  # prefix of folders that are being written
 
 
@@ -50,9 +51,11 @@ def save_run_state(
     state: Mapping[str, Any],
     keep_last: int | None = None,
 ) -> Path:
-    """Writes checkpoint `step` and returns its folder; afterwards only the `keep_last` newest are kept (None: all).
+    """Writes checkpoint `step` and returns its folder; afterwards only the `keep_last` newest are kept (None: all),
+    and this one in any case.
 
-    At no moment is there a folder of that name that is not complete. An older one of the same step is replaced.
+    At no moment is there a folder of that name that is not complete. An older one of the same step is replaced; until
+    the new one has its name, `list_checkpoints` finds the old one.
     """
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"keep_last must be >= 1, got {keep_last}")
@@ -72,15 +75,19 @@ def save_run_state(
         manifest = {"step": step, "files": entries}
         write_json(temporary / "manifest.json", {**manifest, "sha256": _own_digest(manifest)})
         final = parent / f"step_{step:08d}"
-        if final.exists():  # a run that fell back to an older checkpoint comes by here again
-            final.rename(parent / f"{_NOT_YET}{uuid.uuid4().hex}")
+        old = parent / f"{_OLD}{final.name}"
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
         temporary.rename(final)
         sync(parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         _clear_partial(parent)
     if keep_last is not None:
         for _, path in list_checkpoints(run_dir)[:-keep_last]:
-            shutil.rmtree(path)
+            if path != final:
+                shutil.rmtree(path)
     return final
 
 
@@ -140,6 +147,18 @@ def latest_good(run_dir: str | os.PathLike) -> Path | None:
     if damaged:
         raise CheckpointError(f"no good checkpoint in {Path(run_dir) / FOLDER}: {damaged[0]}")
     return None
+
+
+def remove_newer(path: str | os.PathLike) -> list[Path]:
+    """Removes the checkpoints of the same run that are newer than `path` and returns what their folders were.
+
+    For a run that goes on from `path` because they are damaged: they would be in the way of those that it writes.
+    """
+    checkpoints = [folder for _, folder in list_checkpoints(Path(path).parent.parent)]
+    newer = checkpoints[checkpoints.index(Path(path)) + 1 :]
+    for folder in newer:
+        shutil.rmtree(folder)
+    return newer
 
 
 def split_optimizer_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visionmoe.checkpoint.foreign import Entry, ForeignSource, Normalization, StateTensors, normalize
 from visionmoe.checkpoint.mapping import our_shapes
 from visionmoe.config import Activation, ModelConfig
+from visionmoe.model.hub import first_line
 
 # What a timm ViT can have and ours has not: names of parameters -> in words.
 _UNSUPPORTED = (
@@ -26,6 +27,13 @@ _UNSUPPORTED = (
     (r"^patch_embed\.(norm|backbone|conv)", "a patch embedding that is more than one convolution"),
     (r"^attn_pool\.pos_embed", "positions in the attention pooling"),
 )
+# Of what the config is read from; naflexvit's patch embedding is linear, (D, P).
+_AXES = {
+    "patch_embed.proj.weight": ("D", "C", "height", "width"),
+    "pos_embed": ("1", "T", "D"),
+    "blocks.0.mlp.fc1.weight": ("F", "D"),
+    "head.weight": ("classes", "D"),
+}
 _KNOWN_WIDTHS = (192, 384, 768, 1024)  # timm's ViTs of these widths have heads of 64
 _HALF = (0.5, 0.5, 0.5)
 
@@ -85,9 +93,9 @@ def create_timm_model(name: str, **options: Any) -> Any:
     try:
         return timm.create_model(name, **options)
     except OSError as error:
-        raise ConnectionError(f"timm could not get the weights of {name}: {str(error).splitlines()[0]}") from None
+        raise ConnectionError(f"timm could not get the weights of {name}: {first_line(error)}") from None
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(f"timm cannot make {name} with {options}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"timm cannot make {name} with {options}: {first_line(error)}") from None
 
 
 def timm_source(tensors: StateTensors, facts: TimmFacts) -> ForeignSource:
@@ -98,6 +106,9 @@ def timm_source(tensors: StateTensors, facts: TimmFacts) -> ForeignSource:
     for pattern, words in _UNSUPPORTED:
         if any(re.search(pattern, name) for name in shapes):
             raise ValueError(f"{where} has {words}, which this package's model has not")
+    for name, axes in _AXES.items():
+        if len(shapes.get(name, axes)) != len(axes):
+            raise ValueError(f"{where}: {name} must be ({', '.join(axes)}), got shape {shapes[name]}")
     config = _config(tensors, facts)
     unused = _droppable(tensors, facts) if config.attention_qk_norm else []
     entries = _entries(shapes, config)

@@ -93,22 +93,25 @@ def upcycle(
 
 @torch.no_grad()
 def upcycled(source: Source, upcycling: Upcycling) -> VisionTransformer:
-    """As `upcycle`. Every parameter is read straight into its place, so that only the new model is in memory."""
+    """As `upcycle`. Every parameter is read straight into its place, so that only the new model is in memory, and all
+    of them at once, because a compressed file is read from its beginning each time."""
     config = upcycling.sparse(source.config)
     state = _empty_state(config)
     sparse = [f"blocks.{layer}.mlp." for layer in config.moe.layers]
-    source.fill({name: tensor for name, tensor in state.items() if not name.startswith(tuple(sparse))})
+    dense = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(sparse))}
+    first = {f"{prefix}{part}": state[f"{prefix}experts.{part}"][0] for prefix in sparse for part in _MLP}
+    source.fill(dense | first)
     generator = torch.Generator().manual_seed(upcycling.seed)
     for prefix in sparse:
         for part in _MLP:
-            experts = state[f"{prefix}experts.{part}"]
-            source.fill({f"{prefix}{part}": experts[0]})
-            _copy_to_all(experts, upcycling.noise, generator)
+            _copy_to_all(state[f"{prefix}experts.{part}"], upcycling.noise, generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(upcycling.seed)
         for prefix in sparse:
             _new_router(state[f"{prefix}router.gate.weight"], upcycling.router_std)
-    return _model(config, state)
+    model = _model(config, state)
+    model.class_names, model.preprocessing = source.class_names, source.preprocessing
+    return model
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Any
 
 from visionmoe.analysis.analyze import Analysis, AnalysisConfig, check_routes
 from visionmoe.analysis.explain import write_report
-from visionmoe.analysis.pictures import draw_capacities, draw_galleries, draw_statistics
+from visionmoe.analysis.pictures import FRAMES, draw_capacities, draw_galleries, draw_statistics, orders_of
 from visionmoe.analysis.summary import summarise_layer
 from visionmoe.cli.options import Analyze
 from visionmoe.cli.shared import evaluation_images, load_model, output_folder, progress
@@ -29,17 +29,15 @@ def run(options: Analyze) -> None:
     done = analysis.load_evaluations()
     with progress("random routers", analysis.missing(done) * loader.num_images) as advance:
         random = analysis.run_random_routers(done, advance)
-    with progress("pictures", 3) as advance:
+    with progress("pictures", len(statistics.layers) + 1 + len(FRAMES) * len(orders_of(model))) as advance:
         layers = {n: summarise_layer(t, statistics.shapes[n], loader.class_names)
                   for n, t in statistics.layers.items()}  # fmt: skip
         draw_statistics(out, model, statistics, layers, loader.class_names)
         if random["seeds"]:
             figures.random_routers(out / "random_routers.png", random, "Accuracy with experts drawn at random")
         advance(1)
-        draw_galleries(out, model, statistics, loader)
-        advance(1)
-        kept = draw_capacities(out, model, loader)
-        advance(1)
+        draw_galleries(out, model, statistics, loader, on_layer=lambda: advance(1))
+        kept = draw_capacities(out, model, loader, autocast=options.bf16, on_frame=lambda: advance(1))
     results: dict[str, Any] = {
         "command": "analyze",
         "model": options.path,

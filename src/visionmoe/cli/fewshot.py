@@ -51,7 +51,7 @@ def base_data(options: Fewshot, model: VisionTransformer) -> DataConfig:
     given = {
         "eval_batch_size": options.batch_size,
         "workers": options.workers,
-        "eval_resize": options.eval_resize,
+        "eval_resize": options.eval_resize or model.preprocessing.resize_to,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     # Every image is read once, so decoded ones are not kept.
@@ -90,6 +90,7 @@ def summary(
         "command": "fewshot",
         "model": options.path,
         "routing": to_dict(model.config.moe.routing()) if model.moe_layers else None,
+        "layer_routing": to_dict(model.config.moe)["layer_routing"],
         "image_size": list(model.config.image_hw),
         "batch_size": data[0].train.config.eval_batch_size,
         "feature_dim": results[0].train.x.shape[1],

@@ -69,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = f"visionmoe {name}" if name in COMMANDS else "visionmoe"
         print(f"{command}: {_message(error)}", file=sys.stderr)
         return MISTAKE
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("VISIONMOE_DEBUG") or not _is_out_of_memory(error):
+            raise
+        reason = one_line(str(error)).rpartition("DefaultCPUAllocator: ")[2].partition(". ")[0] or "of Python"
+        print(f"visionmoe {name}: out of memory ({reason}); a smaller --batch-size needs less (of a training run: "
+              "--set data.batch_size=N, or --set accumulation=N)", file=sys.stderr)  # fmt: skip
+        return FAILED
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -101,6 +108,12 @@ def _help() -> str:
 def _is_mistake(error: BaseException) -> bool:
     """False for a module that is missing although no extra provides it: that is a fault of the installation."""
     return not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] in EXTRAS
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """By name and text, because torch is not imported here: of Python, of a GPU, and of torch's CPU allocator."""
+    texts = ("can't allocate memory", "not enough memory")
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or any(text in str(error) for text in texts)
 
 
 def _message(error: BaseException) -> str:

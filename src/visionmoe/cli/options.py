@@ -50,8 +50,8 @@ class Finetune:
     """A run, a folder that save_pretrained wrote, a released checkpoint's name, or its PREFIX with --model-config."""
     data: Text = None
     """Images, as for train. Default: those of the run, or of the recipe."""
-    recipe: str = "finetune"
-    """Recipe: finetune, finetune_imagenet or finetune_cifar10."""
+    recipe: Text = None
+    """Recipe: finetune (the default), finetune_imagenet or finetune_cifar10."""
     model_config: File = None
     """config.json of a released PREFIX."""
     out: Folder = None
@@ -77,17 +77,31 @@ class Finetune:
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Accuracy of a trained model on labelled images."""
+class ModelOnImages:
+    """What the commands have in common that run a trained model over labelled images."""
 
     path: ModelPath
     """A run, a folder that save_pretrained wrote, a released checkpoint's name, or its PREFIX with --config."""
     data: Text = None
     """fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME. Default: those of the run."""
     split: Text = None
-    """Part of the data, e.g. test or train[99%:]. Default: test, or that of the run."""
+    """Part of the data that results are for, e.g. test or train[99%:]. Default: test, or that of the run."""
     config: File = None
     """config.json of a released PREFIX."""
+    batch_size: Integer = None
+    """Images per forward pass; they compete for the experts' places."""
+    workers: Integer = None
+    """Processes that decode images."""
+    bf16: bool = False
+    """Compute in bfloat16 where that is safe."""
+    device: Text = None
+    """cpu, cuda, ... Default: a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Evaluate(ModelOnImages):
+    """Accuracy of a trained model on labelled images."""
+
     num_selected_experts: Integer = None
     """Experts per token (K) in the place of the model's own."""
     capacity_factor: Number = None
@@ -96,30 +110,14 @@ class Evaluate:
     """Batch-priority routing in the place of the model's own order."""
     image_size: Integer = None
     """Pixels, in the place of the model's own size; position embeddings are resized."""
-    batch_size: Integer = None
-    """Images per forward pass."""
-    workers: Integer = None
-    """Processes that decode images."""
-    bf16: bool = False
-    """Compute in bfloat16 where that is safe."""
-    device: Text = None
-    """cpu, cuda, ... Default: a GPU where there is one."""
     out: Path = Path("out/evaluate")
     """Where results.json goes."""
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(ModelOnImages):
     """Accuracy against compute and time: the same weights at many routing settings."""
 
-    path: ModelPath
-    """A trained model, as for evaluate."""
-    data: Text = None
-    """Images, as for evaluate."""
-    split: Text = None
-    """Part of the data."""
-    config: File = None
-    """config.json of a released PREFIX."""
     capacity_factors: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
     """Capacity factors to try."""
     num_selected_experts: tuple[int, ...] = ()
@@ -132,74 +130,34 @@ class Sweep:
     """A dense model to compare with on the same images: a run, a folder, a published name or a PREFIX."""
     dense_config: File = None
     """config.json of a released dense PREFIX or .npz."""
-    batch_size: Integer = None
-    """Images per forward pass; they compete for the experts' places."""
-    workers: Integer = None
-    """Processes that decode images."""
-    bf16: bool = False
-    """Compute in bfloat16 where that is safe."""
-    device: Text = None
-    """cpu, cuda, ... Default: a GPU where there is one."""
     out: Path = Path("out/sweep")
     """Where results.json and the pictures go; started again, finished points are not evaluated again."""
 
 
 @dataclass(frozen=True)
-class Tune:
+class Tune(ModelOnImages):
     """Find the best routing of every layer for a budget of operations or a speed."""
 
-    path: ModelPath
-    """A trained model, as for evaluate."""
     flops: Number = None
     """Budget: share of the operations per image that the model needs at its present setting, e.g. 0.6."""
     images_per_second: Number = None
     """Budget: the speed that the model shall reach on this machine at this batch size."""
-    data: Text = None
-    """Images, as for evaluate."""
-    split: Text = None
-    """Held-out part of the data that the results are reported on. Default: test, or that of the run."""
     calibration_split: Text = None
     """Part of the data that settings are chosen on, e.g. train[:2000]. Default: 4000 of the training images."""
-    config: File = None
-    """config.json of a released PREFIX."""
-    batch_size: Integer = None
-    """Images per forward pass; they compete for the experts' places."""
-    workers: Integer = None
-    """Processes that decode images."""
-    bf16: bool = False
-    """Compute in bfloat16 where that is safe."""
-    device: Text = None
-    """cpu, cuda, ... Default: a GPU where there is one."""
     out: Path = Path("out/tune")
     """Where the tuned model, results.json and tuned_routing.png go; started again, it goes on where it was."""
 
 
 @dataclass(frozen=True)
-class Analyze:
+class Analyze(ModelOnImages):
     """What the routers learned: a report of pictures and numbers over labelled images."""
 
-    path: ModelPath
-    """A trained model, as for evaluate."""
-    data: Text = None
-    """Images, as for evaluate."""
-    split: Text = None
-    """Part of the data."""
-    config: File = None
-    """config.json of a released PREFIX."""
     seeds: int = 3
     """Draws of random routers, each evaluated for every layer by itself and from the bottom up; 0: none."""
     permutations: int = 10
     """Shuffles of the labels that show what mutual information chance alone gives; 0: none."""
     gallery: int = 12
     """Patches shown per expert."""
-    batch_size: Integer = None
-    """Images per forward pass; they compete for the experts' places."""
-    workers: Integer = None
-    """Processes that decode images."""
-    bf16: bool = False
-    """Compute in bfloat16 where that is safe."""
-    device: Text = None
-    """cpu, cuda, ... Default: a GPU where there is one."""
     out: Path = Path("out/analyze")
     """Where report.html, results.json and the pictures go; the same command there continues what was stopped."""
 
@@ -231,7 +189,7 @@ class Fewshot:
     image_size: Integer = None
     """Pixels, in the place of the model's own size; position embeddings are resized."""
     eval_resize: Integer = None
-    """Resize the smaller side to so many pixels and crop the centre. Default: resize to the model's size."""
+    """Resize the smaller side to so many pixels and crop the centre. Default: as the model says."""
     batch_size: Integer = None
     """Images per forward pass."""
     workers: Integer = None
@@ -310,5 +268,7 @@ class Upcycle:
     """Of the noise and the routers."""
     data: Text = None
     """Images to compare the two models on, as for evaluate. Default: random ones."""
+    split: Text = None
+    """Part of --data, e.g. train. Default: test."""
     images: int = 8
     """How many images to compare on."""

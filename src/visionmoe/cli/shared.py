@@ -2,24 +2,31 @@
 
 import contextlib
 import dataclasses
+import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from visionmoe.checkpoint.load import load
-from visionmoe.cli.options import Analyze, Evaluate, Sweep, Tune
+from visionmoe.cli.options import ModelOnImages
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import KINDS
+from visionmoe.model.hub import first_line
 from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.config import read_config
 
 
-def output_folder(path: Path) -> Path:
-    """Makes the folder and proves that it can be written, before any work is done. OSError names it."""
+def output_folder(path: Path, *, of_run: bool = False) -> Path:
+    """Makes the folder and proves that it can be written, before any work is done. OSError names it.
+
+    ValueError for the folder of a training run, whose files other commands would overwrite, unless `of_run`.
+    """
+    if not of_run and (path / "checkpoints").is_dir():
+        raise ValueError(f"--out {path} is the folder of a training run, whose results.json is its own: give another")
     path.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=path):
@@ -52,14 +59,15 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from None
     return device
 
 
-def evaluation_images(options: Evaluate | Sweep | Tune | Analyze, model: VisionTransformer) -> EvalLoader:
+def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalLoader:
     """The images that the options name, at the model's size; by default those on which a run evaluates itself.
 
-    ValueError when no images are named or they have more classes than the model.
+    ValueError when no images are named or they have more classes than the model. Warns where both know their classes'
+    names and these differ.
     """
     config = model.config
     if config.num_classes is None:
@@ -71,17 +79,35 @@ def evaluation_images(options: Evaluate | Sweep | Tune | Analyze, model: VisionT
         "workers": options.workers,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    changes |= {"image_size": config.image_size, "in_channels": config.in_channels}
-    data = dataclasses.replace(data_of_run(options.path, required=options.data is None), **changes)
+    changes |= {"in_channels": config.in_channels}
+    run = data_of_run(options.path, required=options.data is None).at_size(config.image_size)
+    if model.preprocessing.resize_to is not None:
+        changes["eval_resize"] = model.preprocessing.resize_to
+    data = dataclasses.replace(run, **changes)
     loader = EvalLoader(data)
     if loader.num_classes > config.num_classes:
         raise ValueError(f"the model has {config.num_classes} classes, {data.source} has {loader.num_classes}")
+    difference = names_differ(model.class_names, loader.class_names)
+    if difference is not None:
+        number, own, other = difference
+        logging.getLogger(__name__).warning(
+            "class %d is %r for the model and %r in %s: classes are compared by number", number, own, other, data.source
+        )
     return loader
+
+
+def names_differ(model_names: Sequence[str] | None, data_names: Sequence[str]) -> tuple[int, str, str] | None:
+    """The first class with two names: (number, the model's, the data's). Numbers in the place of names are no names."""
+    if model_names is None or any(all(name.isdecimal() for name in names) for names in (model_names, data_names)):
+        return None
+    pairs = enumerate(zip(model_names, data_names, strict=False))  # the data may have fewer classes
+    return next(((number, own, other) for number, (own, other) in pairs if own != other), None)
 
 
 def data_of_run(path: str, *, required: bool) -> DataConfig:
     """The images of the run in `path`; where there is no run, the defaults, or ValueError when `required`."""
-    if (Path(path) / "model" / "config.json").is_file():
+    folder = Path(path)  # tune and others leave a model, too, but no config of images beside it
+    if (folder / "model" / "config.json").is_file() and (folder / "config.json").is_file():
         return read_config(str(Path(path) / "config.json")).data
     if required:
         raise ValueError(f"{path} is no run that says its images: give --data, one of {KINDS}")

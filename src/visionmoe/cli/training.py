@@ -1,9 +1,8 @@
 """`visionmoe train` and `visionmoe finetune`."""
 
 import dataclasses
-import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ from visionmoe.train.finetuning import ROUTERS
 from visionmoe.train.loop import FEWSHOT, Evaluator, TrainingDivergedError, run_training
 from visionmoe.train.recipes import get_finetuning, get_recipe
 
-DEFAULT_RECIPE = "fashion_mnist"
+DEFAULT_RECIPE, FINETUNING_RECIPE = "fashion_mnist", "finetune"
+HEADS = {"auto": None, "keep": False, "new": True}  # --head -> TrainConfig.new_head
 
 
 def run(options: Train | Finetune) -> int:
     config = finetune_config(options) if isinstance(options, Finetune) else train_config(options)
-    output_folder(Path(config.out))
+    output_folder(Path(config.out), of_run=True)
     try:
         results = train(config, resume=options.resume)
     except TrainingDivergedError as error:
@@ -93,17 +93,31 @@ def finetune_config(options: Finetune) -> TrainConfig:
     """The recipe with the trained model in the place of the recipe's own."""
     stored = stored_config(options)
     if stored is not None:
-        return changed(stored, options, Path(stored.out))
-    config = get_finetuning(options.recipe, model_folder(options.path))
+        return changed(as_given(stored, options), options, Path(stored.out))
+    config = get_finetuning(options.recipe or FINETUNING_RECIPE, model_folder(options.path))
     if options.model_config is not None:
         config = dataclasses.replace(config, init_config=str(options.model_config))
     config = dataclasses.replace(
         config,
         data=finetune_data(options, config.data),
-        new_head={"auto": None, "keep": False, "new": True}[options.head],
+        new_head=HEADS[options.head],
         optimizer=finetune_optimizer(options, config.optimizer),
     )
-    return changed(config, options, options.out or Path("runs") / options.recipe)
+    return changed(config, options, options.out or Path("runs") / config.recipe)
+
+
+def as_given(stored: TrainConfig, options: Finetune) -> TrainConfig:
+    """The config of a run to resume with what was given again, so that training can tell what differs."""
+    if options.recipe not in (None, stored.recipe):
+        raise ValueError(f"a resumed run must keep its recipe: it was {stored.recipe!r}, got {options.recipe!r}")
+    places = {Path(options.path).resolve(), (Path(options.path) / "model").resolve()}
+    if stored.init_from is None or Path(stored.init_from).resolve() not in places:
+        stored = dataclasses.replace(stored, init_from=model_folder(options.path), model=None)
+    if options.model_config is not None:
+        stored = dataclasses.replace(stored, init_config=str(options.model_config))
+    if HEADS[options.head] is not None:
+        stored = dataclasses.replace(stored, new_head=HEADS[options.head])
+    return dataclasses.replace(stored, optimizer=finetune_optimizer(options, stored.optimizer))
 
 
 def finetune_data(options: Finetune, data: DataConfig) -> DataConfig:
@@ -111,14 +125,13 @@ def finetune_data(options: Finetune, data: DataConfig) -> DataConfig:
 
     The reference's recipes say their images themselves. ValueError where nobody says any.
     """
-    if options.recipe != "finetune":
+    if options.recipe not in (None, FINETUNING_RECIPE):
         return data
     named = options.data is not None or any(text.startswith("data.source=") for text in options.assignments)
     run = data_of_run(options.path, required=not named)
     names = ["eval_batch_size", "max_pixels", *([] if named else ["source", "train_split", "eval_split"])]
-    if run.eval_resize is None or run.eval_resize >= (options.image_size or 0):
-        names.append("eval_resize")  # else larger images are resized to the model's size, without a crop
-    return dataclasses.replace(data, **{name: getattr(run, name) for name in names})
+    data = dataclasses.replace(data, **{name: getattr(run, name) for name in names})
+    return dataclasses.replace(data, eval_resize=run.at_size(data.image_size).eval_resize)
 
 
 def finetune_optimizer(options: Finetune, optimizer: OptimizerConfig) -> OptimizerConfig:
@@ -147,23 +160,18 @@ def changed(config: TrainConfig, options: Train | Finetune, out: Path) -> TrainC
     if isinstance(options, Finetune) and options.image_size is not None:
         assignments.append(f"image_size={options.image_size}")
     data = config.data if options.data is None else dataclasses.replace(config.data, source=options.data)
-    config = shorter_warmup(dataclasses.replace(config, data=data, out=str(out)), options.steps)
-    return assign(config, [*assignments, *options.assignments])
+    config = assign(dataclasses.replace(config, data=data, out=str(out)), [*assignments, *options.assignments])
+    check_warmup(config, options.assignments)
+    return config
 
 
-def shorter_warmup(config: TrainConfig, steps: int | None) -> TrainConfig:
-    """For a run of fewer steps than the recipe's warm-up: a warm-up of a tenth of them, and says so."""
-    rate = config.optimizer.learning_rate
-    if not steps or rate.warmup_steps is None or rate.warmup_steps < steps:
-        return config
-    logging.getLogger(__name__).warning(
-        "the recipe's warm-up of %d steps does not fit into %d steps: it becomes %d",
-        rate.warmup_steps,
-        steps,
-        steps // 10,
-    )
-    rate = dataclasses.replace(rate, warmup_steps=steps // 10)
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
+def check_warmup(config: TrainConfig, assignments: Iterable[str]) -> None:
+    """ValueError for a warm-up that was asked for and does not fit; that of a recipe is shortened when it starts."""
+    field, steps = "optimizer.learning_rate.warmup_steps", config.steps
+    warmup = config.optimizer.learning_rate.warmup_steps
+    asked = any(text.partition("=")[0].strip() == field for text in assignments)
+    if asked and steps and warmup is not None and warmup >= steps:
+        raise ValueError(f"{field} must be less than the run's {steps} steps, got {warmup}")
 
 
 def report(config: TrainConfig, results: Mapping[str, Any]) -> None:

@@ -1,8 +1,10 @@
 """`visionmoe tune`."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,21 +12,29 @@ import numpy as np
 from visionmoe.cli.options import Tune
 from visionmoe.cli.shared import data_of_run, evaluation_images, load_model, model_folder, output_folder, progress
 from visionmoe.cli.sweep import first_batch
-from visionmoe.config import to_dict
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import Slice, Source, open_source
 from visionmoe.data.splits import slice_indices
-from visionmoe.evaluate.adaptive import Evaluate, apply_routing, layer_settings, restored_routing
+from visionmoe.evaluate.adaptive import Evaluate, LayerSettings, apply_routing, layer_settings, restored_routing
 from visionmoe.evaluate.calibrated import CalibratedEvaluator
 from visionmoe.evaluate.classify import ClassificationEvaluator
+from visionmoe.evaluate.fingerprint import data_fingerprint
 from visionmoe.evaluate.speed import Speed, budget_for_speed
-from visionmoe.evaluate.store import ResultStore, StoredEvaluator, context_of, data_fingerprint, stored_timing
-from visionmoe.evaluate.tune import Candidate, Routing, Tuned, check_budget, check_tunable, most_evaluations, tune
+from visionmoe.evaluate.store import (
+    ResultStore,
+    StoredEvaluator,
+    context_of,
+    finite,
+    plain,
+    stored_timing,
+    timing_of,
+)
+from visionmoe.evaluate.tune import Candidate, Tuned, check_budget, check_tunable, most_evaluations, tune
 from visionmoe.files import write_json
 from visionmoe.model.flops import count_flops
-from visionmoe.model.pretrained import CONFIG_NAME, read_pretrained_config, write_pretrained
 from visionmoe.model.vit import VisionTransformer
 
+_log = logging.getLogger(__name__)
 CALIBRATION_IMAGES = 4000
 ATTEMPTS = 3  # to meet a speed
 
@@ -47,6 +57,10 @@ def run(options: Tune) -> int:
     if options.flops is not None and not math.isfinite(options.flops):
         raise ValueError(f"--flops must be a finite number, got {options.flops}")
     out = output_folder(options.out)
+    if Path(model_folder(options.path)).resolve() == (out / "model").resolve():
+        raise ValueError(
+            f"--out {out} holds the model that is tuned, which would be overwritten: choose another folder"
+        )
     model = load_model(options.path, options.config, options.device)
     check_tunable(model)
     images = open_images(options, model)
@@ -54,12 +68,12 @@ def run(options: Tune) -> int:
     tuned, budget, speed = work.tuned()
     measured = work.held_out(tuned)
     apply_routing(model, tuned.chosen.routing)
-    save(options, model)
+    model.save_pretrained(options.out / "model")  # with the names of classes and the preprocessing that it came with
     routings = {"present": work.present, "uniform": tuned.uniform.routing, "tuned": tuned.chosen.routing}
     chosen = {"uniform": tuned.uniform, "tuned": tuned.chosen}
     figures.tuned_routing(out / "tuned_routing.png", routings, tuned.tried, chosen, budget)
     results = results_of(options, work, tuned, budget, speed, measured)
-    write_json(out / "results.json", results)
+    write_json(out / "results.json", finite(results))
     for line in summary(results):
         print(line)
     print(f"model: {out / 'model'}, everything: {out / 'results.json'}, picture: {out / 'tuned_routing.png'}")
@@ -72,9 +86,10 @@ class Work:
     def __init__(self, options: Tune, model: VisionTransformer, images: Images, store: ResultStore) -> None:
         self.options, self.model, self.images, self.store = options, model, images, store
         self.present = layer_settings(model)
-        self.first = first_batch(images.calibration)
-        self.context = context_of(model, images.calibration, self.first, autocast=options.bf16)
-        self.batch_size = len(self.first)
+        self.first = max(map(first_batch, (images.calibration, images.held_out)), key=len)  # what is timed
+        self.context = context_of(model, images.calibration, autocast=options.bf16)
+        self.batch_size = images.held_out.config.eval_batch_size
+        self.timing: dict[str, Any] = {}  # how the latest times were measured
         self.flops = count_flops(model, batch_size=self.batch_size)
         self.evaluated = self.reused = 0
 
@@ -98,15 +113,19 @@ class Work:
             budget = speed.tightened(self.model, budget, tuned.chosen.flops, self.batch_size)
         raise AssertionError("the loop returns")
 
-    def speeds(self, settings: list[Routing], what: str) -> list[float]:
-        """Images per second of the model at these settings, measured in turns."""
-        context = self.context | {"purpose": what}
+    def speeds(self, settings: list[LayerSettings], what: str) -> list[float]:
+        """Images per second of the model at these settings, measured in turns.
+
+        Those that the budget is made of are kept, so that the same search follows; a result is measured each time.
+        """
         with progress("timing", len(settings) * 8) as advance:
-            seconds, _ = stored_timing(
-                self.store, context, self.model, self.first, settings,
-                autocast=self.options.bf16, on_run=lambda: advance(1),
-            )  # fmt: skip
-        return [self.batch_size / own for own in seconds]
+            measured = (self.model, self.first, settings)
+            how: dict[str, Any] = {"autocast": self.options.bf16, "on_run": lambda: advance(1)}
+            if what == "budget":
+                seconds, self.timing = stored_timing(self.store, self.context | {"purpose": what}, *measured, **how)
+            else:
+                seconds, self.timing = timing_of(*measured, **how)
+        return [self.timing["batch_size"] / own for own in seconds]
 
     def held_out(self, tuned: Tuned) -> dict[str, dict[str, Any]]:
         """Accuracy of the present setting, the best uniform one and the chosen one on the held-out images."""
@@ -145,7 +164,7 @@ class Work:
         return tuned
 
     def _stored(self, evaluate: Evaluate, loader: EvalLoader, advance: Callable[[int], None]) -> StoredEvaluator:
-        measure = {"measure": type(evaluate).__name__, "data": data_fingerprint(loader, first_batch(loader))}
+        measure = {"measure": type(evaluate).__name__, "data": data_fingerprint(loader)}
         return StoredEvaluator(
             evaluate, self.store, self.context | measure, on_reuse=lambda: advance(loader.num_images)
         )
@@ -180,21 +199,17 @@ def open_images(options: Tune, model: VisionTransformer) -> Images:
     for start in (0, 1):
         fold = Slice(source, np.arange(start, len(source), 2))
         folds.append(EvalLoader(dataclasses.replace(data, eval_split=f"{split}, fold {start + 1}"), source=fold))
+    if folds[1].num_images < data.eval_batch_size:
+        _log.warning(
+            "the calibration images make two folds of about %d, fewer than a batch of %d: settings are compared on "
+            "batches smaller than those that operations are counted for",
+            folds[1].num_images, data.eval_batch_size,
+        )  # fmt: skip
     return Images(folds[0], folds[1], held_out, split)
 
 
 def names(source: Source) -> set[str]:
     return {source.name(index) for index in range(len(source))}
-
-
-def save(options: Tune, model: VisionTransformer) -> None:
-    """OUT/model, with the preprocessing that the model came with."""
-    origin = f"{model_folder(options.path)}/{CONFIG_NAME}"
-    try:
-        preprocessing = read_pretrained_config(origin).preprocessing
-    except (ValueError, OSError):  # a released checkpoint has the reference's
-        preprocessing = None
-    write_pretrained(options.out / "model", model.config, model.state_dict(), preprocessing)
 
 
 def results_of(
@@ -221,7 +236,9 @@ def results_of(
         "check_images": images.check.num_images,
         "split": images.held_out.config.eval_split,
         "num_images": images.held_out.num_images,
-        "batch_size": images.held_out.config.eval_batch_size,
+        "batch_size": work.batch_size,
+        "calibration_batch_size": min(work.batch_size, images.calibration.num_images),
+        "timing": work.timing,
         "budget": {"flops": budget, "share_of_present_flops": budget / work.flops, "asked_share": options.flops},
         "speed": None if speed is None else dataclasses.asdict(speed) | {"met": speed.met},
         "kept": tuned.kept,
@@ -233,10 +250,6 @@ def results_of(
         "evaluations": {"new": work.evaluated, "reused": work.reused},
         "tried": [{**dataclasses.asdict(c), "routing": plain(c.routing)} for c in tuned.tried],
     }
-
-
-def plain(routing: Routing) -> dict[str, Any]:
-    return {str(layer): to_dict(setting) for layer, setting in routing.items()}
 
 
 def summary(results: dict[str, Any]) -> list[str]:

@@ -26,6 +26,8 @@ def run(options: Upcycle) -> None:
     upcycling = _upcycling(options)
     if options.images < 1:
         raise ValueError(f"images must be >= 1, got {options.images}")
+    if options.split is not None and options.data is None:
+        raise ValueError(f"--split {options.split} is a part of --data: give both")
     out = output_folder(options.out)
     started = time.perf_counter()
     path = options.path if options.path.startswith((TIMM, HUB)) else model_folder(options.path)
@@ -64,6 +66,7 @@ def check_images(options: Upcycle, config: ModelConfig) -> Tensor:
         return torch.rand(shape, generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
     data = DataConfig(
         source=options.data,
+        eval_split=options.split or "test",
         image_size=config.image_size,
         in_channels=config.in_channels,
         eval_batch_size=options.images,

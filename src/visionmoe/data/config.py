@@ -1,5 +1,6 @@
 """The typed configuration of images: where they come from and what is done to them."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +63,13 @@ class DataConfig:
         _between("max_pixels", self.max_pixels, 1, MAX_PIXELS)
         if self.eval_resize is not None and self.eval_resize < max(self.image_hw):
             raise ValueError(f"eval_resize must be at least image_size {self.image_size}, got {self.eval_resize}")
+
+    def at_size(self, image_size: int | tuple[int, int]) -> "DataConfig":
+        """The same images at another size; eval_resize, where it is set, keeps its proportion to it."""
+        new = dataclasses.replace(self, image_size=image_size, eval_resize=None)
+        if self.eval_resize is None:
+            return new
+        return dataclasses.replace(new, eval_resize=round(self.eval_resize * max(new.image_hw) / max(self.image_hw)))
 
     @property
     def image_hw(self) -> tuple[int, int]:

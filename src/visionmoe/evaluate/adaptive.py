@@ -15,6 +15,7 @@ from visionmoe.model.moe import MoE
 from visionmoe.model.vit import VisionTransformer
 
 Evaluate = Callable[[VisionTransformer], dict[str, Any]]
+LayerSettings = dict[int, RoutingSetting]  # block number -> its setting
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def sweep(
     setting; None: all sparse ones. batch_size: for the operations, see `count_flops`.
     Raises ValueError as `check_sweep`, before the first evaluation.
     """
-    check_sweep(model, settings, layers)
+    check_sweep(model, settings, layers, batch_size)
     points = []
     with restored_routing(model):
         for setting in settings:
@@ -86,9 +87,15 @@ def sweep(
 
 
 def check_sweep(
-    model: VisionTransformer, settings: Sequence[RoutingSetting] = (), layers: Sequence[int] | None = None
+    model: VisionTransformer,
+    settings: Sequence[RoutingSetting] = (),
+    layers: Sequence[int] | None = None,
+    batch_size: int | None = None,
 ) -> None:
-    """ValueError for a model without layers that route, layers that it does not have, or settings that do not fit."""
+    """ValueError for a model without layers that route, layers that it does not have, or settings that do not fit.
+
+    batch_size: images of a call; settings do not fit either where their capacity rounds to no place in its groups.
+    """
     moe = model.config.moe
     if not moe.layers or moe.router == "soft":
         raise ValueError("the model has no sparse layers whose routing can be changed")
@@ -97,6 +104,10 @@ def check_sweep(
         raise ValueError(f"layers must be among the sparse ones {list(model.moe_layers)}, got {unknown}")
     for setting in settings:
         moe.check_routing(setting)
+    with restored_routing(model):
+        for setting in settings:
+            set_routing(model, setting, layers)
+            count_flops(model, batch_size=batch_size)
 
 
 def pareto_frontier(points: Sequence[SweepPoint]) -> list[bool]:
@@ -131,9 +142,14 @@ def set_routing(model: VisionTransformer, setting: RoutingSetting, layers: Seque
     )
 
 
-def layer_settings(model: VisionTransformer) -> dict[int, RoutingSetting]:
+def layer_settings(model: VisionTransformer) -> LayerSettings:
     """The setting in force of every sparse layer, by block number."""
     return {layer: model.config.moe.routing(layer) for layer in model.moe_layers}
+
+
+def most_selected_experts(model: VisionTransformer) -> int:
+    """The largest K of all sparse layers; the common one may be in force in none of them."""
+    return max(setting.num_selected_experts for setting in layer_settings(model).values())
 
 
 def apply_routing(model: VisionTransformer, settings: Mapping[int, RoutingSetting]) -> None:

@@ -32,7 +32,7 @@ from visionmoe.evaluate.classify import Loader, autocast_context, evaluation_mod
 from visionmoe.files import atomic_write
 from visionmoe.model.vit import VisionTransformer
 
-FORMAT = 1
+FORMAT = 2
 SAMPLED_IMAGES = 16  # of a source, whose pixels count for the key
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def extract(
 class FeatureCache:
     """Features that were extracted once are read from `folder`; others are extracted and written there.
 
-    refresh: extract anew whatever is there. save_seconds: so often the work of a long extraction is put aside.
+    refresh: delete what is there and extract anew. save_seconds: so often the work of a long extraction is put aside.
     """
 
     def __init__(self, folder: str | os.PathLike, *, refresh: bool = False, save_seconds: float = 15.0) -> None:
@@ -104,19 +104,24 @@ class FeatureCache:
         started = time.perf_counter()
         key = features_key(model_key or model_fingerprint(model), loader, autocast=autocast)
         path = self.folder / f"{key}.safetensors"
-        found = None if self.refresh else _read(path)
+        if self.refresh:
+            for old in (path, *_parts(self.folder, key)):
+                old.unlink(missing_ok=True)
+        found = _read(path)
         if found is not None:
             if on_batch is not None:
-                on_batch(len(found[0].x))
-            return Features(found[0].x, found[0].labels, found[0].broken, time.perf_counter() - started, cached=True)
-        pieces = _Pieces(self.folder, key, keep=not self.refresh)
+                on_batch(len(found.features.x))
+            stored = found.features
+            return Features(stored.x, stored.labels, stored.broken, time.perf_counter() - started, cached=True)
+        pieces = _Pieces(self.folder, key)
         if on_batch is not None and pieces.next_batch:
             on_batch(pieces.num_images)
         with evaluation_mode(model):
             self._fill(pieces, model, loader, autocast, on_batch)
         made = pieces.joined()
-        _write(path, made, next_batch=len(loader))
-        pieces.remove()
+        _write(path, made, 0, len(loader))
+        for part in _parts(self.folder, key):
+            part.unlink(missing_ok=True)
         return Features(made.x, made.labels, made.broken, time.perf_counter() - started)
 
     def _fill(
@@ -140,18 +145,25 @@ class FeatureCache:
 
 
 class _Pieces:
-    """An extraction on its way: pieces on disk, then what is not saved yet. next_batch: the first one missing."""
+    """An extraction on its way: pieces on disk, then what is not saved yet. next_batch: the first one missing.
 
-    def __init__(self, folder: Path, key: str, *, keep: bool) -> None:
+    Pieces count as far as each begins where the one before it ends; others are deleted.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
-        self.next_batch = 0
+        self.next_batch = self._saved_batches = 0
         self.parts: list[Features] = []
         self.broken: dict[str, str] = {}
         self._unsaved: list[tuple[Tensor, Tensor]] = []
-        while keep and (found := _read(self._path(len(self.parts)))) is not None:
-            self.parts.append(found[0])
-            self.next_batch = found[1]
-            self.broken |= found[0].broken
+        while (found := _read(self._path(len(self.parts)))) is not None and found.first_batch == self.next_batch:
+            self.parts.append(found.features)
+            self.next_batch = self._saved_batches = found.next_batch
+            self.broken |= found.features.broken
+        kept = [self._path(number) for number in range(len(self.parts))]
+        for path in _parts(folder, key):
+            if path not in kept:
+                path.unlink(missing_ok=True)
 
     @property
     def num_images(self) -> int:
@@ -163,8 +175,9 @@ class _Pieces:
 
     def save(self) -> None:
         part = self._rest()
-        _write(self._path(len(self.parts)), part, self.next_batch)
+        _write(self._path(len(self.parts)), part, self._saved_batches, self.next_batch)
         self.parts.append(part)
+        self._saved_batches = self.next_batch
 
     def joined(self) -> Features:
         parts = [*self.parts, self._rest()] if self._unsaved else self.parts
@@ -172,10 +185,6 @@ class _Pieces:
             raise ValueError("the data has no images")
         x, labels = torch.cat([part.x for part in parts]), torch.cat([part.labels for part in parts])
         return Features(x, labels, self.broken)
-
-    def remove(self) -> None:
-        for path in self.folder.glob(f"{self.key}.part-*.safetensors"):
-            path.unlink(missing_ok=True)
 
     def _rest(self) -> Features:
         rows, labels = zip(*self._unsaved, strict=True)
@@ -228,21 +237,38 @@ def source_fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, features: Features, next_batch: int) -> None:
-    notes = {"broken": json.dumps(dict(features.broken)), "next_batch": str(next_batch)}
+@dataclass(frozen=True)
+class _Stored:
+    """Features in a file, of batches first_batch .. next_batch - 1."""
+
+    features: Features
+    first_batch: int
+    next_batch: int
+
+
+def _parts(folder: Path, key: str) -> list[Path]:
+    return sorted(folder.glob(f"{key}.part-*.safetensors"))
+
+
+def _write(path: Path, features: Features, first_batch: int, next_batch: int) -> None:
+    notes = {
+        "broken": json.dumps(dict(features.broken)),
+        "first_batch": str(first_batch),
+        "next_batch": str(next_batch),
+    }
     with atomic_write(path) as temporary:
         save_file({"x": features.x.contiguous(), "labels": features.labels.contiguous()}, temporary, metadata=notes)
 
 
-def _read(path: Path) -> tuple[Features, int] | None:
-    """The features in a file and the number of the batch that follows; None where there is none or it is damaged."""
+def _read(path: Path) -> _Stored | None:
+    """The features in a file; None where there is none or it is damaged."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as stored:
             notes = stored.metadata() or {}
             features = Features(stored.get_tensor("x"), stored.get_tensor("labels"), json.loads(notes["broken"]))
-            return features, int(notes["next_batch"])
+            return _Stored(features, int(notes["first_batch"]), int(notes["next_batch"]))
     except (SafetensorError, KeyError, ValueError) as error:
         _log.warning("%s is damaged and made anew: %s", path, error)
         return None

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 BIAS_CONSTANT = 100.0  # large, so that the bias is almost not regularised
 STD_FLOOR = 1e-5
+_SHOWN = 3  # names of classes in a warning
 DEFAULT_SHOTS = (1, 5, 10, 25)
 DEFAULT_L2_REGS = tuple(2.0**exponent for exponent in range(-10, 20))
 
@@ -154,6 +155,7 @@ class FewShotEvaluator:
         self.autocast = autocast
         self.cache = cache
         self.on_batch, self.on_fit = on_batch, on_fit
+        self._noted: set[str] = set()  # data sets whose small classes were told
 
     def run(self, model: VisionTransformer) -> Iterator[tuple[str, float]]:
         """Yields ("NAME/5-shot", mean accuracy over the seeds) for every data set and number of shots."""
@@ -170,7 +172,9 @@ class FewShotEvaluator:
         for one in self.data:
             started = time.perf_counter()
             train, test = features[one.name]
-            _note_small_classes(one.name, train.labels, self.shots)
+            if one.name not in self._noted:
+                self._noted.add(one.name)
+                _note_small_classes(one.name, train.labels, self.shots, one.train.class_names)
             for seed in self.seeds:
                 tables[f"{one.name} {seed}"] = fewshot_accuracy(
                     train.x, train.labels, test.x, test.labels, self.shots, self.l2_regs, one.train.num_classes, seed
@@ -211,9 +215,12 @@ def _check_distinct(what: str, values: Sequence[str] | Sequence[int], lowest: in
         raise ValueError(f"{what} must be >= {lowest}, got {wrong[0]}")
 
 
-def _note_small_classes(name: str, labels: Tensor, shots: Sequence[int]) -> None:
-    counts = torch.bincount(labels)
-    counts = counts[counts > 0]
+def _note_small_classes(name: str, labels: Tensor, shots: Sequence[int], class_names: Sequence[str]) -> None:
+    counts = torch.bincount(labels, minlength=len(class_names))
+    empty = [class_names[number] for number in torch.nonzero(counts == 0).flatten().tolist()]
+    if empty:
+        more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        _log.warning("%s has no training image of %s%s", name, ", ".join(empty[:_SHOWN]), more)
     small = int((counts < max(shots)).sum())
     if small:
         _log.warning(

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visionmoe.evaluate.adaptive import layer_settings
+from visionmoe.evaluate.adaptive import LayerSettings, layer_settings
 from visionmoe.evaluate.allocation import level_of, setting_at
-from visionmoe.evaluate.tune import Routing, flops_at, lowest_routing
+from visionmoe.evaluate.tune import flops_at, has_places, lowest_routing
 from visionmoe.model.flops import count_flops
 from visionmoe.model.vit import VisionTransformer
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
 TOLERANCE = 0.01  # a speed this share below the wanted one counts as met
-Speeds = Callable[[list[Routing], str], list[float]]  # settings, what for -> images per second, measured in turns
+Speeds = Callable[[list[LayerSettings], str], list[float]]  # settings, what for -> images per second, measured in turns
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class Speed:
 
     def tightened(self, model: VisionTransformer, budget: int, flops: int, batch_size: int) -> int:
         """A smaller budget, by the slope between the present setting and the one that was too slow."""
-        most, least = count_flops(model, batch_size=batch_size), flops_at(model, lowest_routing(model), batch_size)
+        most, least = (
+            count_flops(model, batch_size=batch_size),
+            flops_at(model, lowest_routing(model, batch_size), batch_size),
+        )
         missing = 1 / self.reached - 1 / self.wanted  # seconds per image
         saved = 1 / self.present - 1 / self.reached
         slope = saved / (most - flops) if saved > 0 and most > flops else 0.0
@@ -52,7 +55,8 @@ def budget_for_speed(model: VisionTransformer, wanted: float, batch_size: int, s
     settings = [own]
     for fraction in FRACTIONS:
         settings.append({n: setting_at(s.num_selected_experts, fraction * level_of(s), s) for n, s in own.items()})
-    settings.append(lowest_routing(model))
+    settings = [setting for setting in settings if has_places(model, setting, batch_size)]
+    settings.append(lowest_routing(model, batch_size))
     measured = speeds(settings, "budget")
     slowest, fastest = measured[0], measured[-1]
     if not slowest <= wanted <= fastest:

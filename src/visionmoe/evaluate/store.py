@@ -1,13 +1,16 @@
 """Results of evaluations kept on disk, so that an interrupted comparison of settings goes on where it was.
 
-points.jsonl holds one JSON object a line, {"key": ..., "value": ...}. The key names everything that the value depends
-on: fingerprints of the weights and of the images, the batch size, the precision, and every layer's routing. So one
-folder may hold results of several models or images and none is ever taken for another's.
+points.jsonl holds one JSON object a line, {"key": ..., "value": ..., "check": CRC of both}. The key names everything
+that the value depends on: fingerprints of the weights and of the images, the batch size, the precision, the version of
+this package, and every layer's routing. So one folder may hold results of several models or images and none is ever
+taken for another's.
 """
 
-import hashlib
 import json
+import logging
+import math
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionmoe import __version__
 from visionmoe.config import to_dict
 from visionmoe.data.loader import EvalLoader
-from visionmoe.evaluate.adaptive import Evaluate, layer_settings
-from visionmoe.evaluate.timing import Routing, how_measured, time_settings
+from visionmoe.evaluate.adaptive import Evaluate, LayerSettings, layer_settings
+from visionmoe.evaluate.fingerprint import data_fingerprint, model_fingerprint
+from visionmoe.evaluate.timing import affordable_batch, device_name, how_measured, time_settings
 from visionmoe.model.vit import VisionTransformer
 
 NAME = "points.jsonl"
+FORMAT = 2  # of the keys and values
+_log = logging.getLogger(__name__)
 
 
 class ResultStore:
-    """Values by key in FOLDER/points.jsonl. A last line that was cut by a crash is left out."""
+    """Values by key in FOLDER/points.jsonl. Lines that were cut or damaged are left out, with a warning."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.path = Path(folder) / NAME
@@ -34,12 +41,21 @@ class ResultStore:
         if self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
             self._ends_whole = text.endswith("\n") or not text
+            damaged = 0
             for line in text.splitlines():
                 try:
                     record = json.loads(line)
+                    if record["check"] != _check(record["key"], record["value"]):
+                        raise ValueError("check")
                     self._values[_text(record["key"])] = record["value"]
                 except (ValueError, TypeError, KeyError):
-                    continue  # it is worked out again
+                    damaged += 1
+            if damaged:
+                _log.warning(
+                    "%s: %d lines are damaged or of another version; what they held is worked out again",
+                    self.path,
+                    damaged,
+                )
 
     def __len__(self) -> int:
         return len(self._values)
@@ -49,8 +65,9 @@ class ResultStore:
         return self._values.get(_text(key))
 
     def put(self, key: Mapping[str, Any], value: Any) -> None:
-        """Appends; on the disk when this returns."""
-        line = json.dumps({"key": key, "value": value}, allow_nan=False)
+        """Appends; on the disk when this returns. Numbers that are not finite become null."""
+        value = finite(value)
+        line = json.dumps({"key": key, "value": value, "check": _check(key, value)}, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(("" if self._ends_whole else "\n") + line + "\n")
             stream.flush()
@@ -66,6 +83,8 @@ class ResultStore:
 
 class StoredEvaluator:
     """An evaluator of models that asks the store first. Call with a model, as `ClassificationEvaluator`.
+
+    A loss that is not finite is said in a warning with its setting, and is NaN in the result.
 
     context: what the result depends on besides the model's routing; see `context_of`.
     on_reuse: called once for every result that was there already.
@@ -83,17 +102,20 @@ class StoredEvaluator:
         self.evaluated = self.reused = 0
 
     def __call__(self, model: VisionTransformer) -> dict[str, Any]:
-        key = {**self.context, "routing": _plain(layer_settings(model))}
+        routing = plain(layer_settings(model))
+        key = {**self.context, "routing": routing}
         found = self.store.get(key)
         if found is not None:
             self.reused += 1
             if self.on_reuse is not None:
                 self.on_reuse()
-            return found
-        result = self.evaluate(model)
-        self.store.put(key, result)
-        self.evaluated += 1
-        return result
+        else:
+            self.store.put(key, self.evaluate(model))
+            self.evaluated += 1
+            found = self.store.get(key)
+        if None in found.values():
+            _log.warning("%s not finite at %s", ", ".join(n for n, v in found.items() if v is None), routing)
+        return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def stored_timing(
@@ -101,7 +123,36 @@ def stored_timing(
     context: Mapping[str, Any],
     model: VisionTransformer,
     images: Tensor,
-    settings: Sequence[Routing],
+    settings: Sequence[LayerSettings],
+    *,
+    others: Sequence[tuple[VisionTransformer, Tensor]] = (),
+    autocast: bool = False,
+    on_run: Callable[[], None] | None = None,
+) -> tuple[list[float], dict[str, Any]]:
+    """As `timing_of`, but asks the store first.
+
+    Times are only comparable when they were measured in turns, so they are stored and taken together or not at all.
+    """
+    key = {
+        **context,
+        "timed": [plain(setting) for setting in settings],
+        "others": [[model_fingerprint(other), list(own.shape)] for other, own in others],
+        "device_name": device_name(next(model.parameters()).device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    found = store.get(key)
+    if found is None:
+        seconds, how = timing_of(model, images, settings, others=others, autocast=autocast, on_run=on_run)
+        found = {"seconds": seconds, "how": how}
+        store.put(key, found)
+    return found["seconds"], found["how"]
+
+
+def timing_of(
+    model: VisionTransformer,
+    images: Tensor,
+    settings: Sequence[LayerSettings],
     *,
     others: Sequence[tuple[VisionTransformer, Tensor]] = (),
     autocast: bool = False,
@@ -109,64 +160,44 @@ def stored_timing(
 ) -> tuple[list[float], dict[str, Any]]:
     """Seconds per call of every setting, then of the other models (see `time_settings`), and how they were measured.
 
-    Times are only comparable when they were measured in turns, so they are stored and taken together or not at all.
+    The calls are of how["batch_size"] images: of all those given, or as many as the time allows.
     """
-    key = {
-        **context,
-        "timed": [_plain(setting) for setting in settings],
-        "others": [[model_fingerprint(other), list(own.shape)] for other, own in others],
-        "threads": torch.get_num_threads(),
-    }
-    found = store.get(key)
-    if found is None:
-        timing = time_settings(model, images, settings, others=others, autocast=autocast, on_run=on_run)
-        how = how_measured(timing, len(images), next(model.parameters()).device)
-        found = {"seconds": list(timing.seconds), "how": how}
-        store.put(key, found)
-    return found["seconds"], found["how"]
+    size = affordable_batch(model, images, len(settings) + len(others), autocast=autocast)
+    others = [(other, own[:size]) for other, own in others]
+    timing = time_settings(model, images[:size], settings, others=others, autocast=autocast, on_run=on_run)
+    return list(timing.seconds), how_measured(timing, size, next(model.parameters()).device)
 
 
-def context_of(model: VisionTransformer, loader: EvalLoader, first: Tensor, *, autocast: bool) -> dict[str, Any]:
-    """The part of a key that is the same for all settings. first: the images of the loader's first batch."""
+def context_of(model: VisionTransformer, loader: EvalLoader, *, autocast: bool) -> dict[str, Any]:
+    """The part of a key that is the same for all settings."""
     parameter = next(model.parameters())
     return {
+        "format": FORMAT,
+        "version": __version__,
         "model": model_fingerprint(model),
-        "data": data_fingerprint(loader, first),
+        "data": data_fingerprint(loader),
         "batch_size": loader.config.eval_batch_size,
         "precision": "bfloat16 autocast" if autocast else str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
     }
 
 
-def model_fingerprint(model: VisionTransformer) -> str:
-    """A digest of the config but for the routing that can be set, and of all weights."""
-    config = to_dict(model.config)
-    for name in ("num_selected_experts", "capacity_factor", "batch_priority", "layer_routing"):
-        del config["moe"][name]
-    digest = hashlib.sha256(_text(config).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()[:16]
-
-
-def data_fingerprint(loader: EvalLoader, first: Tensor) -> str:
-    """A digest of what is read, of all labels, and of the first batch's pixels (B, C, H, W) as the model sees them."""
-    config, source = loader.config, loader.source
-    read = [config.source, config.eval_split, config.image_hw, config.eval_resize, source.class_names]
-    digest = hashlib.sha256(_text(read).encode())
-    digest.update(source.labels.tobytes())
-    digest.update(_bytes(first))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The memory of a tensor, copied only where it is not on the CPU or not contiguous."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _plain(routing: Routing) -> dict[str, Any]:
+def plain(routing: LayerSettings) -> dict[str, Any]:
+    """Settings as JSON has them."""
     return {str(layer): to_dict(setting) for layer, setting in routing.items()}
+
+
+def finite(value: Any) -> Any:
+    """The same numbers, lists and tables, with None for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(entry) for name, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _check(key: Any, value: Any) -> int:
+    return zlib.crc32(_text([key, value]).encode())
 
 
 def _text(value: Any) -> str:

@@ -3,22 +3,24 @@
 Taking turns makes what slows the machine for a while slow all of them, so that they stay comparable.
 """
 
+import contextlib
+import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visionmoe.config import RoutingSetting
-from visionmoe.evaluate.adaptive import apply_routing, restored_routing
+from visionmoe.evaluate.adaptive import LayerSettings, apply_routing, restored_routing
 from visionmoe.evaluate.classify import autocast_context, evaluation_mode, prepare
+from visionmoe.model.routing import logger
 from visionmoe.model.vit import VisionTransformer
 
 ROUNDS, SECONDS = 7, 90.0
-Routing = dict[int, RoutingSetting]  # block number -> its setting
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,6 @@ class Timing:
 
     seconds: tuple[float, ...]
     rounds: int
-
-    def images_per_second(self, batch_sizes: Sequence[int]) -> list[float]:
-        return [size / seconds for size, seconds in zip(batch_sizes, self.seconds, strict=True)]
 
 
 def take_turns(
@@ -76,7 +75,7 @@ def forward_call(model: nn.Module, images: Tensor, *, autocast: bool = False) ->
 def time_settings(
     model: VisionTransformer,
     images: Tensor,
-    settings: Sequence[Routing],
+    settings: Sequence[LayerSettings],
     *,
     others: Sequence[tuple[nn.Module, Tensor]] = (),
     autocast: bool = False,
@@ -86,7 +85,7 @@ def time_settings(
     """Times the model at every setting, and other models on their own images, in turns. Routing is restored."""
     call = forward_call(model, images, autocast=autocast)
 
-    def at(setting: Routing) -> Callable[[], None]:
+    def at(setting: LayerSettings) -> Callable[[], None]:
         def run() -> None:
             apply_routing(model, setting)
             call()
@@ -99,6 +98,59 @@ def time_settings(
         return take_turns(runs, max_seconds=max_seconds, on_run=on_run)
 
 
+def affordable_batch(
+    model: VisionTransformer,
+    images: Tensor,
+    runs: int,
+    *,
+    autocast: bool = False,
+    max_seconds: float = SECONDS,
+) -> int:
+    """How many of the images a call can have for the uncounted and one counted round of `runs` calls in max_seconds.
+
+    By the time of calls at the present setting, of one image first: large models on slow machines get fewer images.
+    """
+
+    def fits(size: int, timed: int) -> bool:
+        return 2 * runs * seconds[timed] * size / timed <= max_seconds
+
+    seconds: dict[int, float] = {}
+    size = 1
+    with evaluation_mode(model), _without_words():
+        while True:
+            call = forward_call(model, images[:size], autocast=autocast)
+            began = time.perf_counter()
+            call()
+            seconds[size] = time.perf_counter() - began
+            if fits(len(images), size):
+                return len(images)
+            if not fits(2 * size, size):
+                return size
+            size = min(2 * size, len(images))
+
+
+@contextlib.contextmanager
+def _without_words() -> Iterator[None]:
+    """No word about the rounding of capacities in batches that are only tried."""
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or device.type
+
+
 def how_measured(timing: Timing, batch_size: int, device: torch.device) -> dict[str, Any]:
     """What a reader of the results needs to know about the times."""
     return {
@@ -106,7 +158,8 @@ def how_measured(timing: Timing, batch_size: int, device: torch.device) -> dict[
         "one uncounted round before; median of the rounds",
         **{name: value for name, value in asdict(timing).items() if name == "rounds"},
         "batch_size": batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device.type,
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -27,10 +27,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from visionmoe.config import RoutingSetting
-from visionmoe.evaluate.adaptive import Evaluate, apply_routing, check_sweep, layer_settings, restored_routing
+from visionmoe.evaluate.adaptive import (
+    Evaluate,
+    LayerSettings,
+    apply_routing,
+    check_sweep,
+    layer_settings,
+    restored_routing,
+)
 from visionmoe.evaluate.allocation import (
-    LOWEST,
+    FRACTIONS,
     LayerCurve,
     allocate,
     choices_of_k,
@@ -43,7 +49,6 @@ from visionmoe.evaluate.allocation import (
 from visionmoe.model.flops import count_flops
 from visionmoe.model.vit import VisionTransformer
 
-Routing = dict[int, RoutingSetting]
 AMOUNTS = (0.2, 0.1, 0.05)  # what the local search moves, as shares of the layers' mean level
 
 
@@ -51,7 +56,7 @@ AMOUNTS = (0.2, 0.1, 0.05)  # what the local search moves, as shares of the laye
 class Candidate:
     """A setting that was evaluated on the calibration images. stage: what it was tried for."""
 
-    routing: Routing
+    routing: LayerSettings
     flops: int
     calibrated_loss: float
     top1: float
@@ -87,7 +92,7 @@ def check_tunable(model: VisionTransformer) -> None:
 def check_budget(model: VisionTransformer, budget: int, batch_size: int | None = None) -> None:
     """ValueError, with the range, for operations per image that tuning cannot reach."""
     most = count_flops(model, batch_size=batch_size)
-    least = flops_at(model, lowest_routing(model), batch_size)
+    least = flops_at(model, lowest_routing(model, batch_size), batch_size)
     if not least <= budget <= most:
         raise ValueError(
             f"the budget must be between {least / most:.3f} (the lowest setting) and 1 (the present one) of "
@@ -95,19 +100,35 @@ def check_budget(model: VisionTransformer, budget: int, batch_size: int | None =
         )
 
 
-def flops_at(model: VisionTransformer, routing: Routing, batch_size: int | None = None) -> int:
+def flops_at(model: VisionTransformer, routing: LayerSettings, batch_size: int | None = None) -> int:
     """Operations per image with these settings; the model keeps its own."""
     with restored_routing(model):
         apply_routing(model, routing)
         return count_flops(model, batch_size=batch_size)
 
 
-def lowest_routing(model: VisionTransformer) -> Routing:
-    """The cheapest setting that is tried: K = 1 and LOWEST of the present level in every layer."""
-    return {layer: setting_at(1, LOWEST * level_of(own), own) for layer, own in layer_settings(model).items()}
+def has_places(model: VisionTransformer, routing: LayerSettings, batch_size: int | None = None) -> bool:
+    """Whether the capacity of every layer is at least one place; in small groups it can round to none."""
+    try:
+        return flops_at(model, routing, batch_size) > 0
+    except ValueError:
+        return False
 
 
-def uniform_routing(model: VisionTransformer, k: int, level: float) -> Routing:
+def lowest_routing(model: VisionTransformer, batch_size: int | None = None) -> LayerSettings:
+    """The cheapest setting that is tried: K = 1 and LOWEST of the present level in every layer.
+
+    Where that rounds to no place, the least of FRACTIONS that has places.
+    """
+    own = layer_settings(model)
+    for fraction in FRACTIONS:
+        routing = {layer: setting_at(1, fraction * level_of(setting), setting) for layer, setting in own.items()}
+        if has_places(model, routing, batch_size):
+            return routing
+    return own
+
+
+def uniform_routing(model: VisionTransformer, k: int, level: float) -> LayerSettings:
     """One K and one level in every sparse layer."""
     return {layer: setting_at(k, level, own) for layer, own in layer_settings(model).items()}
 
@@ -156,13 +177,14 @@ class Search:
     """Evaluations of settings on the calibration images, each setting once."""
 
     def __init__(
-        self, model: VisionTransformer, evaluate: Evaluate, own: Routing, budget: int, batch_size: int | None
+        self, model: VisionTransformer, evaluate: Evaluate, own: LayerSettings, budget: int, batch_size: int | None
     ) -> None:
         self.model, self.evaluate, self.own = model, evaluate, own
         self.budget, self.batch_size = budget, batch_size
         self.tried: list[Candidate] = []
+        self.total = 0.0  # the sum of levels that the budget pays for
 
-    def try_out(self, routing: Routing, stage: str) -> Candidate:
+    def try_out(self, routing: LayerSettings, stage: str) -> Candidate:
         """Evaluates, unless it has been."""
         for candidate in self.tried:
             if candidate.routing == routing:
@@ -170,7 +192,9 @@ class Search:
         apply_routing(self.model, routing)
         result = self.evaluate(self.model)
         flops = count_flops(self.model, batch_size=self.batch_size)
-        self.tried.append(Candidate(dict(routing), flops, result["calibrated_loss"], result["top1"], stage))
+        loss = result["calibrated_loss"]
+        loss = loss if math.isfinite(loss) else math.inf  # worse than all others
+        self.tried.append(Candidate(dict(routing), flops, loss, result["top1"], stage))
         return self.tried[-1]
 
     def uniform(self) -> Candidate:
@@ -179,9 +203,19 @@ class Search:
         candidates = []
         for k in choices_of_k(largest):
             level = self._fitted(functools.partial(uniform_routing, self.model, k), 0.0, float(largest))
-            if level <= k + 1e-9:  # else this K has places for all its requests and cannot spend the budget
-                candidates.append(self.try_out(uniform_routing(self.model, k, level), "uniform"))
-        return min(candidates, key=lambda c: c.calibrated_loss)
+            self.total = level * len(self.own)  # in the end of the largest K, which can spend the most
+            routing = uniform_routing(self.model, k, min(level, k))  # a K may fit with places for all its requests
+            if 0 < self._cost(routing) <= self.budget:
+                candidates.append(self.try_out(routing, "uniform"))
+        if not candidates:
+            raise ValueError(
+                f"no setting with one K and capacity for all layers is within {self.budget / 1e6:.2f} MFLOP per image: "
+                "the groups have too few tokens for so few places"
+            )
+        best = min(candidates, key=lambda c: c.calibrated_loss)
+        if not math.isfinite(best.calibrated_loss):
+            raise ValueError("the loss on the calibration images is not finite at any setting for all layers")
+        return best
 
     def sensitivity(self, base: Candidate) -> dict[int, LayerCurve]:
         """Step 2: curves of the loss by one layer's level, the others at the base."""
@@ -192,20 +226,29 @@ class Search:
                 points = []
                 for level in levels_of(own, k):
                     routing = {**base.routing, layer: setting_at(k, level, own)}
-                    points.append((level, self.try_out(routing, "sensitivity").calibrated_loss))
-                by_k[k] = tuple(points)
+                    if self._cost(routing) > 0:
+                        points.append((level, self.try_out(routing, "sensitivity").calibrated_loss))
+                points = [point for point in points if math.isfinite(point[1])]
+                if points:
+                    by_k[k] = tuple(points)
+            if not by_k:
+                raise ValueError(f"no setting of block {layer} has a finite loss on the calibration images")
             curves[layer] = LayerCurve(by_k)
         return curves
 
     def plan(self, curves: Mapping[int, LayerCurve], base: Candidate) -> None:
         """Steps 3 and 4."""
         start = [min(level_of(base.routing[layer]), curve.highest) for layer, curve in curves.items()]
-        planned = allocate(curves, max(sum(start) * (1 - 1e-5), sum(curve.lowest for curve in curves.values())))
+        total = max(sum(start), self.total) * (1 - 1e-5)
+        planned = allocate(curves, max(total, sum(curve.lowest for curve in curves.values())))
         middle = damped(planned, start, 0.5)
         best, levels = base, dict(zip(curves, start, strict=True))
         for proposal in (planned, middle):
-            candidate = self.try_out(self._at(curves, proposal), "plan")
-            if candidate.flops <= self.budget and candidate.calibrated_loss < best.calibrated_loss:
+            routing = self._at(curves, proposal)
+            if not 0 < self._cost(routing) <= self.budget:
+                continue
+            candidate = self.try_out(routing, "plan")
+            if candidate.calibrated_loss < best.calibrated_loss:
                 best, levels = candidate, proposal
         self._improve(curves, best, levels)
 
@@ -219,15 +262,18 @@ class Search:
                 for changed in list(swaps(curves, levels, amount))[: 2 * len(levels)]:
                     if len(self.tried) >= last:
                         return
-                    candidate = self.try_out(self._at(curves, changed), "search")
-                    if candidate.flops <= self.budget and candidate.calibrated_loss < best.calibrated_loss:
+                    routing = self._at(curves, changed)
+                    if not 0 < self._cost(routing) <= self.budget:
+                        continue
+                    candidate = self.try_out(routing, "search")
+                    if candidate.calibrated_loss < best.calibrated_loss:
                         best, levels, improved = candidate, changed, True
                         break
 
-    def _at(self, curves: Mapping[int, LayerCurve], levels: Mapping[int, float]) -> Routing:
+    def _at(self, curves: Mapping[int, LayerCurve], levels: Mapping[int, float]) -> LayerSettings:
         """The settings of these levels, each with its best K; less where rounding would pass the budget."""
 
-        def scaled(scale: float) -> Routing:
+        def scaled(scale: float) -> LayerSettings:
             return {
                 layer: setting_at(curves[layer].best(level)[0], level * scale, self.own[layer])
                 for layer, level in levels.items()
@@ -235,17 +281,23 @@ class Search:
 
         return scaled(self._fitted(scaled, 0.0, 1.0))
 
-    def _fitted(self, routing_of: Callable[[float], Routing], low: float, high: float) -> float:
+    def _fitted(self, routing_of: Callable[[float], LayerSettings], low: float, high: float) -> float:
         """The largest x of [low, high] whose routing is within the budget; operations grow with x."""
-        if flops_at(self.model, routing_of(high), self.batch_size) <= self.budget:
+        if self._cost(routing_of(high)) <= self.budget:
             return high
         for _ in range(40):
             middle = (low + high) / 2
-            if middle > 0 and flops_at(self.model, routing_of(middle), self.batch_size) > self.budget:
+            if middle > 0 and self._cost(routing_of(middle)) > self.budget:
                 high = middle
             else:
                 low = middle
         return low
+
+    def _cost(self, routing: LayerSettings) -> int:
+        """Operations per image; 0 where a layer's capacity rounds to no place, which is not possible."""
+        if not has_places(self.model, routing, self.batch_size):
+            return 0
+        return flops_at(self.model, routing, self.batch_size)
 
 
 def _search_evaluations(layers: int) -> int:
@@ -262,7 +314,7 @@ def _verdict(
 ) -> tuple[Literal["tuned", "uniform"], str]:
     if same:
         return "uniform", "no setting by layer had a lower loss than the uniform one on the calibration images"
-    gains = np.array(uniform["image_losses"]) - np.array(tuned["image_losses"])
+    gains = np.array(uniform["image_losses"], float) - np.array(tuned["image_losses"], float)
     error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else math.inf
     said = (
         f"on the check images the loss is {gains.mean():.4f} +- {error:.4f} lower than with the uniform setting, "

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, constants, hf_hub_download
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    HfApi,
+    ModelCard,
+    PyTorchModelHubMixin,
+    constants,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub import errors as hub_errors
 from torch import Tensor
 
@@ -17,6 +25,7 @@ from visionmoe.config import ModelConfig
 from visionmoe.model.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
+    Preprocessing,
     open_pretrained_weights,
     read_pretrained_config,
     write_pretrained,
@@ -41,15 +50,23 @@ class HubModel(
     """
 
     config: ModelConfig
+    class_names: tuple[str, ...] | None
+    preprocessing: Preprocessing
 
     def save_pretrained(  # type: ignore[override]
-        self, directory: str | os.PathLike, class_names: Sequence[str] | None = None
+        self,
+        directory: str | os.PathLike,
+        class_names: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         """Writes config.json and model.safetensors, from which `visionmoe.load` makes this model again.
 
-        class_names: kept in config.json, so that fine-tuning knows whether the head is for its classes.
+        class_names: kept in config.json, so that fine-tuning knows whether the head is for its classes. preprocessing:
+        of the images in evaluation. Both are by default the model's own.
         """
-        write_pretrained(directory, self.config, self.state_dict(), class_names=class_names)  # type: ignore[attr-defined]
+        names = self.class_names if class_names is None else class_names
+        state = self.state_dict()  # type: ignore[attr-defined]
+        write_pretrained(directory, self.config, state, preprocessing or self.preprocessing, names)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -63,14 +80,15 @@ class HubModel(
     ) -> str:
         """Uploads config.json, model.safetensors and a model card in one commit, and returns the commit's URL.
 
-        repo_id: "user/name", made where it is not there yet. A model card that is there already is kept.
+        repo_id: "user/name", made where it is not there yet. branch: one that is there. A model card that is there
+        already is kept.
         OSError of one line when the hub refuses or cannot be reached.
         """
         api = HfApi(token=token)
         with hub_mistakes(repo_id), tempfile.TemporaryDirectory() as folder:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             self.save_pretrained(folder)
-            if branch is not None or not api.file_exists(repo_id, CARD_NAME):
+            if not api.file_exists(repo_id, CARD_NAME, revision=branch):
                 self.generate_model_card(repo_id=repo_id).save(Path(folder) / CARD_NAME)
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -121,10 +139,12 @@ class HubModel(
 
     @classmethod
     def _of_folder(cls, folder: Path) -> Self:
-        stored = read_pretrained_config(folder).model
+        stored = read_pretrained_config(folder)
         weights = open_pretrained_weights(folder)
         with torch.device("meta"):
-            model: Any = cls(stored)
+            model: Any = cls(stored.model)
+        model.class_names = stored.class_names
+        model.preprocessing = stored.preprocessing or model.preprocessing
         state: dict[str, Tensor] = {n: torch.empty(t.shape) for n, t in model.state_dict().items()}
         if weights.shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
             raise ValueError(f"{weights.path} does not fit the config.json beside it")
@@ -152,8 +172,13 @@ def fetch(
         commit = config.parent.name  # the other files of the same commit, whatever is pushed meanwhile
         hf_hub_download(repo_id, WEIGHTS_NAME, revision=commit, **how)
         for name in optional:
-            with contextlib.suppress(hub_errors.EntryNotFoundError):
+            try:
                 hf_hub_download(repo_id, name, revision=commit, **how)
+            except hub_errors.LocalEntryNotFoundError:  # offline: whether the repository has it the cache may know
+                if try_to_load_from_cache(repo_id, name, how["cache_dir"], commit) is not _CACHED_NO_EXIST:
+                    raise
+            except hub_errors.EntryNotFoundError:
+                continue
     return config.parent
 
 
@@ -172,7 +197,7 @@ def hub_mistakes(repo_id: str) -> Iterator[None]:
     try:
         yield
     except hub_errors.HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a model on the hub: {_first_line(error)}") from None
+        raise ValueError(f"{repo_id!r} is no name of a model on the hub: {first_line(error)}") from None
     except hub_errors.GatedRepoError:
         raise PermissionError(f"{repo_id} is gated: ask for access on its page and log in (hf auth login)") from None
     except hub_errors.RepositoryNotFoundError:
@@ -183,16 +208,16 @@ def hub_mistakes(repo_id: str) -> Iterator[None]:
         raise FileNotFoundError(f"{repo_id} on {where} has no such revision") from None
     except hub_errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"{repo_id} is not in the cache and {where} cannot be reached: {_first_line(error)}"
+            f"{repo_id} is not in the cache and {where} cannot be reached: {first_line(error)}"
         ) from None
     except hub_errors.EntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{repo_id} on {where} is no model of this format (config.json and model.safetensors): {_first_line(error)}"
+            f"{repo_id} on {where} is no model of this format (config.json and model.safetensors): {first_line(error)}"
         ) from None
     except hub_errors.HfHubHTTPError as error:
-        raise _refusal(error)(f"{where} refused {repo_id}: {_first_line(error)}") from None
+        raise _refusal(error)(f"{where} refused {repo_id}: {first_line(error)}") from None
     except _TRANSPORT_ERROR as error:
-        raise ConnectionError(f"{where} cannot be reached for {repo_id}: {_first_line(error)}") from None
+        raise ConnectionError(f"{where} cannot be reached for {repo_id}: {first_line(error)}") from None
 
 
 def _refusal(error: Any) -> type[OSError]:
@@ -200,7 +225,8 @@ def _refusal(error: Any) -> type[OSError]:
     return PermissionError if status in (401, 403) else ConnectionError
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an error's text, for errors of one line; its class where it has no text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -17,7 +17,7 @@ from visionmoe.model.segments import Segments, filled
 FUSED_PRODUCT = 1 << 27  # multiply-adds of a float32 product from which on a new kernel's making does not matter
 FILLED_ROWS = 256  # of float32 from which on the fillers do not matter
 MAX_PACKED_BYTES = 512 << 20  # of one stack of weights: larger ones are not held twice
-_SAMPLES = 64
+_SAMPLES_PER_EXPERT = 16
 _LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _PACK: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
@@ -48,6 +48,8 @@ def _combine(rows: Tensor, weights: Tensor, token: Tensor, num_tokens: int) -> T
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, fused: bool, gelu: Any = None) -> Tensor:
     """x @ weight.T + bias, with GELU behind it where its form is given. (N, in) -> (N, out)."""
+    if not weight.is_mkldnn:
+        weight = weight.to(x.dtype)
     if fused:
         return _LINEAR(x, weight, bias, *(("none", [], "") if gelu is None else ("gelu", [], gelu)))
     out = F.linear(x, weight, bias)
@@ -73,7 +75,8 @@ class _Origin(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> "_Origin":
         flat = weight.detach().view(-1)
-        return cls(weight.data_ptr(), weight._version, flat[:: max(1, len(flat) // _SAMPLES)].clone())
+        step = max(1, len(flat) // (_SAMPLES_PER_EXPERT * len(weight))) | 1  # odd: not the same column in every row
+        return cls(weight.data_ptr(), weight._version, flat[::step].clone())
 
     def same(self, other: "_Origin") -> bool:
         return self[:2] == other[:2] and torch.equal(self.sample, other.sample)
@@ -82,9 +85,10 @@ class _Origin(NamedTuple):
 class PackedWeights:
     """Every expert's weight as the products want it: packed for oneDNN in bfloat16 on a CPU, else as it is.
 
-    Packed weights are made at first use, and again when the parameter has changed: by its address, its version, and
-    some of its values, which also sees most changes through `.data`. Copies of a model start without, and training
-    releases them.
+    Packed weights are made at first use, and again when the parameter has changed: by its address, its version (every
+    in-place operation counts it up) and some of its values, which sees what changes all of it through `.data`. Who
+    changes single values through `.data` calls `release` afterwards. Copies of a model start without packed weights,
+    and training releases them.
     """
 
     def __init__(self) -> None:
@@ -99,14 +103,14 @@ class PackedWeights:
         return PackedWeights, ()
 
     def of(self, weight: Tensor, tokens: Tensor) -> Sequence[Tensor]:
-        """weight (E, out, in) of any dtype -> E weights in the dtype of `tokens`."""
+        """weight (E, out, in) of any dtype -> E weights, packed in the dtype of `tokens`, or as they are."""
         if not self._packs(weight, tokens):
-            return [part.to(tokens.dtype) for part in weight]
-        origin = _Origin.of(weight)
+            return weight.unbind()
+        origin, packed = _Origin.of(weight), self._packed
         if self._origin is None or not self._origin.same(origin):
-            self._packed = [_PACK(part.detach().to(torch.bfloat16), None) for part in weight]
-            self._origin = origin
-        return self._packed
+            packed = [_PACK(part.detach().to(torch.bfloat16), None) for part in weight]
+            self._origin, self._packed = origin, packed
+        return packed
 
     def _packs(self, weight: Tensor, tokens: Tensor) -> bool:
         size = 2 * weight.numel()

@@ -29,7 +29,8 @@ _DTYPES = {
 class Preprocessing:
     """How an image becomes the model's input: resized to (height, width), scaled to [0, 1], then (x - mean) / std.
 
-    resize: "exact" to the size whatever the aspect ratio, or "small": the smaller side, then a crop of the centre.
+    resize: "exact" to the size whatever the aspect ratio, or "small": the smaller side to resize_to pixels, then a crop
+    of the centre.
     """
 
     image_size: tuple[int, int]
@@ -38,12 +39,21 @@ class Preprocessing:
     interpolation: Literal["bilinear"] = "bilinear"
     antialias: bool = False
     resize: Literal["exact", "small"] = "exact"
+    resize_to: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.resize == "small") != (self.resize_to is not None):
+            raise ValueError(f"resize_to is for resize 'small', got {self.resize!r} with {self.resize_to}")
+        if self.resize_to is not None and self.resize_to < max(self.image_size):
+            raise ValueError(f"resize_to must be at least image_size {self.image_size}, got {self.resize_to}")
 
     @classmethod
-    def of(cls, config: ModelConfig) -> "Preprocessing":
-        """The reference's evaluation preprocessing: pixels in [-1, 1], bilinear without antialiasing."""
+    def of(cls, config: ModelConfig, resize_to: int | None = None) -> "Preprocessing":
+        """The reference's evaluation preprocessing: pixels in [-1, 1], bilinear without antialiasing; with resize_to
+        the smaller side is resized first."""
         half = (0.5,) * config.in_channels
-        return cls(image_size=config.image_hw, mean=half, std=half)
+        resize: Literal["exact", "small"] = "exact" if resize_to is None else "small"
+        return cls(image_size=config.image_hw, mean=half, std=half, resize=resize, resize_to=resize_to)
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,10 @@ def write_pretrained(
         text = json.dumps(to_dict(written), indent=1) + "\n"
         stack.enter_context(atomic_write(directory / CONFIG_NAME)).write_text(text, encoding="utf-8")
         save_file(tensors, stack.enter_context(atomic_write(directory / WEIGHTS_NAME)), metadata={"format": "pt"})
-        # Old weights must not be read with the new config, should the renaming be interrupted.
-        (directory / CONFIG_NAME).unlink(missing_ok=True)
+        # New weights must not be read with another model's config, should the renaming be interrupted.
+        old = directory / CONFIG_NAME
+        if old.is_file() and old.read_bytes() != text.encode():
+            old.unlink()
 
 
 def read_pretrained_config(directory: str | os.PathLike) -> PretrainedConfig:

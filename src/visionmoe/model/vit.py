@@ -13,6 +13,7 @@ from visionmoe.model.hub import HubModel
 from visionmoe.model.layers import Attention, AttentionPool, Block, Mlp
 from visionmoe.model.moe import MoE, SoftMoE
 from visionmoe.model.position import PatchEmbed, sincos2d
+from visionmoe.model.pretrained import Preprocessing
 from visionmoe.model.router import lecun_normal_
 
 
@@ -34,11 +35,16 @@ class ModelOutput:
 
 
 class VisionTransformer(nn.Module, HubModel):
-    """ViT or V-MoE as `config` says. Images (B, C, H, W), float in [-1, 1]."""
+    """ViT or V-MoE as `config` says. Images (B, C, H, W), float in [-1, 1].
+
+    class_names: of the head's outputs, None where they are not known. preprocessing: of images in evaluation.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.class_names: tuple[str, ...] | None = None
+        self.preprocessing = Preprocessing.of(config)
         dim = config.hidden_size
         self.patch_embed = PatchEmbed(config.in_channels, config.patch_hw, dim)
         if config.pooling == "token":

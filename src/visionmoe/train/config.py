@@ -193,24 +193,24 @@ def with_model(config: TrainConfig, model: ModelConfig | str) -> TrainConfig:
     return dataclasses.replace(config, model=model, init_from=None, init_config=None, model_options={})
 
 
-def with_image_size(config: TrainConfig, image_size: int | tuple[int, int]) -> TrainConfig:
-    """The run with images, and a model for images, of another size (pixels)."""
-    model = None if config.model is None else config.model.replace(image_size=image_size)
-    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, image_size=image_size))
-
-
 def assign(config: TrainConfig, assignments: Iterable[str]) -> TrainConfig:
     """Changes fields by "name=value" texts such as "optimizer.learning_rate.peak_value=0.001".
 
     Values are read as JSON or Python literals, else as text. "steps" and "epochs" replace each other; "image_size" and
-    "in_channels" alone set the data's and the model's. Unknown fields are ValueErrors with the nearest name.
+    "in_channels" alone set the data's and the model's; data.eval_resize, unless it is set too, keeps its proportion to
+    "image_size". Unknown fields are ValueErrors with the nearest name.
     """
-    data = to_dict(config)
+    data, assignments = to_dict(config), list(assignments)
+    resize_too = any(text.partition("=")[0].strip() == "data.eval_resize" for text in assignments)
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"an assignment must be NAME=VALUE, got {text!r}")
         name = name.strip()
+        if name == "image_size" and not resize_too:
+            before = from_dict(DataConfig, data["data"], "data")
+            size = from_dict(DataConfig, {"image_size": _value(value)}, "data").image_size
+            data["data"]["eval_resize"] = before.at_size(size).eval_resize
         if name in ("image_size", "in_channels"):
             _set(data, f"data.{name}", _value(value))
             if data["model"] is not None:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,28 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
     return records
+
+
+@dataclass
+class History:
+    """What a run has reported so far: the last "train" record, metrics and step of every evaluator's last evaluation,
+    and the best value of each evaluator's "top1" (metric -> [value, step])."""
+
+    train: dict[str, Any] | None = None
+    evals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    eval_steps: dict[str, int] = field(default_factory=dict)
+    best: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Takes a line of the log into account; lines come in the order in which they were written."""
+        if record["kind"] == "train":
+            self.train = dict(record)
+        elif record["kind"] == "eval":
+            name, metrics, step = record["name"], record["metrics"], record["step"]
+            self.evals[name], self.eval_steps[name] = metrics, step
+            key, top1 = f"{name}/top1", metrics.get("top1")
+            if top1 is not None and (key not in self.best or top1 > self.best[key][0]):
+                self.best[key] = [float(top1), step]
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from visionmoe.data.loader import TrainLoader
 from visionmoe.files import write_json
 from visionmoe.model.flops import count_flops
+from visionmoe.model.pretrained import Preprocessing
 from visionmoe.train.config import TrainConfig
-from visionmoe.train.log import Means, RunLog, finite, router_health
+from visionmoe.train.log import History, Means, RunLog, read_log, router_health
 from visionmoe.train.progress import ProgressLine
 from visionmoe.train.setup import Parts, prepare
 from visionmoe.train.signals import StopRequest, stop_on_signals
@@ -78,10 +79,13 @@ class Trainer:
         self.log = RunLog(self.config.out, self.progress.step, self.config.tensorboard)
         self.line = ProgressLine(self.total, self.progress.step, show_progress)
         self.means = Means()
-        self.last_train: dict[str, Any] | None = None
-        self.last_eval: dict[str, dict[str, Any]] = {}
+        self.history = History(best=dict(self.progress.best or {}))
+        if parts.resumed_from is not None:
+            for record in read_log(self.log.path):  # what follows the checkpoint is gone by now
+                self.history.add(record)
+        self.progress.best = self.history.best
         self.finished = False
-        self._saved: tuple[int, Path] | None = None
+        self._saved = None if parts.resumed_from is None else (self.progress.step, parts.resumed_from)
         self._interval_start = self.progress.step
         self._interval_seconds = 0.0
 
@@ -93,6 +97,8 @@ class Trainer:
             for note in self.parts.notes:
                 self._event(note)
             self.parts.model.train()
+            if self.parts.resumed_from is not None:
+                self._evaluate_due()  # the checkpoint is from before this step's evaluation
             batches = iter(loader)
             try:
                 while self.progress.step < self.total and not self.stop:
@@ -163,6 +169,10 @@ class Trainer:
             self._log_train()
         if config.checkpoint_every and step % config.checkpoint_every == 0 and step < self.total:
             self._save()  # first, so that nothing is lost when the evaluation fails or is killed
+        self._evaluate_due()
+
+    def _evaluate_due(self) -> None:
+        config, step = self.config, self.progress.step
         if step < self.total and not self.stop:
             every = {name: config.eval_every for name in self.evaluators} | {FEWSHOT: config.fewshot.every}
             self._evaluate([name for name in self.evaluators if (n := every[name]) and step % n == 0])
@@ -174,7 +184,10 @@ class Trainer:
             return
         self._save()
         with self.parts.averaged():
-            self.parts.model.save_pretrained(Path(self.config.out) / "model", self.parts.source.class_names)
+            preprocessing = Preprocessing.of(self.parts.model.config, self.config.data.eval_resize)
+            self.parts.model.save_pretrained(
+                Path(self.config.out) / "model", self.parts.source.class_names, preprocessing
+            )
         self._evaluate(self.evaluators)
         self.finished = True
 
@@ -195,26 +208,21 @@ class Trainer:
             router=router_health({name: value for name, value in means.items() if "." in name}),
         )
         self.line.show(record)
-        self.last_train = record
+        self.history.add(record)
         self._interval_start, self._interval_seconds = self.progress.step, 0.0
 
     def _evaluate(self, names: Collection[str]) -> None:
+        """Runs the evaluators of these names that have not yet seen this step."""
+        names = [name for name in names if self.history.eval_steps.get(name) != self.progress.step]
         if not names:
             return
         with self.parts.averaged():
             for name in names:
-                metrics = dict(self.evaluators[name](self.parts.model, self.progress.step))
-                self._note_best(name, metrics)
-                self.last_eval[name] = metrics
-                self.line.show(self.log.write("eval", self.progress.step, name=name, metrics=metrics))
+                metrics = self.evaluators[name](self.parts.model, self.progress.step)
+                record = self.log.write("eval", self.progress.step, name=name, metrics=metrics)
+                self.history.add(record)
+                self.line.show(record)
         self.parts.model.train()
-
-    def _note_best(self, name: str, metrics: Mapping[str, Any]) -> None:
-        best = dict(self.progress.best or {})
-        key = f"{name}/top1"
-        if "top1" in metrics and (key not in best or metrics["top1"] > best[key][0]):
-            best[key] = [float(metrics["top1"]), self.progress.step]
-            self.progress.best = best
 
     def _save(self) -> Path:
         """Saves a checkpoint, unless this step's is there already, and returns its folder."""
@@ -249,9 +257,9 @@ class Trainer:
             **self._summary(status),
             "num_parameters": sum(p.numel() for p in model.parameters()),
             "flops_per_image": count_flops(model),
-            "eval": {name: finite(metrics) for name, metrics in self.last_eval.items()},
-            "best": self.progress.best or {},
-            "train": self.last_train,
+            "eval": self.history.evals,
+            "best": self.history.best,
+            "train": self.history.train,
             "broken_images": dict(broken),
             "model": str(Path(self.config.out) / "model") if status == "finished" else None,
         }

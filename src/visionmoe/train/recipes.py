@@ -8,11 +8,10 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable
-from pathlib import Path
 
+from visionmoe.checkpoint.sources import open_source
 from visionmoe.config import ModelConfig, MoEConfig
 from visionmoe.data.config import DataConfig
-from visionmoe.files import read_json
 from visionmoe.train.config import ClipConfig, OptimizerConfig, ScheduleConfig, TrainConfig, with_model
 from visionmoe.variants import get_config
 
@@ -144,20 +143,20 @@ def imagenet1k(model: str | None = None) -> TrainConfig:
     )  # fmt: skip
 
 
-def finetune(init_from: str) -> TrainConfig:
+def finetune(init_from: str, init_config: str | None = None) -> TrainConfig:
     """Fine-tuning on any images, with the reference's optimizer at a size for one machine.
 
-    `visionmoe finetune PATH --data folder:PATH`. Images have the checkpoint's own size where PATH is a folder that says
-    it, else 224 px. SGD with momentum, clip 10, cosine; 2,000 steps of 64 images. As in all recipes of fine-tuning, the
-    head is kept where the checkpoint has the same classes as the images, else it starts from zeros.
+    `visionmoe finetune PATH --data folder:PATH`. Images have the checkpoint's own size and channels. SGD with momentum,
+    clip 10, cosine; 2,000 steps of 64 images. As in all recipes of fine-tuning, the head is kept where the checkpoint
+    has the same classes as the images, else it starts from zeros.
     """
-    image_size, in_channels = _stored_size(init_from)
+    image_size, in_channels = _stored_size(init_from, init_config)
     data = DataConfig(image_size=image_size, in_channels=in_channels, batch_size=64, crop="inception")
-    config = _finetuning("finetune", init_from, data, steps=2_000, warmup_steps=100)
+    config = _finetuning("finetune", init_from, init_config, data, steps=2_000, warmup_steps=100)
     return dataclasses.replace(config, model_options={}, eval_every=500, checkpoint_every=250)
 
 
-def finetune_imagenet(init_from: str) -> TrainConfig:
+def finetune_imagenet(init_from: str, init_config: str | None = None) -> TrainConfig:
     """Fine-tuning on ImageNet-1k at 384 px, arXiv 2106.05974 (appendix B.5) and google-research/vmoe.
 
     `visionmoe finetune vmoe_b16_imagenet21k_randaug_strong --recipe finetune_imagenet --data folder:PATH`.
@@ -168,10 +167,10 @@ def finetune_imagenet(init_from: str) -> TrainConfig:
         source="folder:data/imagenet", eval_split="val", image_size=384, in_channels=3, batch_size=1024, workers=16,
         crop="inception", cache_mb=0,
     )  # fmt: skip
-    return _finetuning("finetune_imagenet", init_from, data, steps=10_000, warmup_steps=500)
+    return _finetuning("finetune_imagenet", init_from, init_config, data, steps=10_000, warmup_steps=500)
 
 
-def finetune_cifar10(init_from: str) -> TrainConfig:
+def finetune_cifar10(init_from: str, init_config: str | None = None) -> TrainConfig:
     """Fine-tuning on CIFAR-10 at 128 px, google-research/vmoe: about 1,000 steps of 1024 images.
 
     `visionmoe finetune vmoe_b16_imagenet21k_randaug_strong --recipe finetune_cifar10 --data parquet:PATH`.
@@ -179,7 +178,7 @@ def finetune_cifar10(init_from: str) -> TrainConfig:
     data = DataConfig(
         source="torchvision:CIFAR10", image_size=128, in_channels=3, batch_size=1024, crop="inception", workers=4
     )
-    return _finetuning("finetune_cifar10", init_from, data, steps=1_000, warmup_steps=100)
+    return _finetuning("finetune_cifar10", init_from, init_config, data, steps=1_000, warmup_steps=100)
 
 
 FROM_SCRATCH: dict[str, Callable[[str | None], TrainConfig]] = {
@@ -190,7 +189,7 @@ FROM_SCRATCH: dict[str, Callable[[str | None], TrainConfig]] = {
     "imagenet21k": imagenet21k,
     "imagenet1k": imagenet1k,
 }
-FINETUNING: dict[str, Callable[[str], TrainConfig]] = {
+FINETUNING: dict[str, Callable[[str, str | None], TrainConfig]] = {
     "finetune": finetune,
     "finetune_imagenet": finetune_imagenet,
     "finetune_cifar10": finetune_cifar10,
@@ -208,12 +207,12 @@ def get_recipe(name: str, model: str | None = None) -> TrainConfig:
     return FROM_SCRATCH[name](model)
 
 
-def get_finetuning(name: str, init_from: str) -> TrainConfig:
-    """The config of a fine-tuning run from `init_from`, anything that `visionmoe.load` reads."""
+def get_finetuning(name: str, init_from: str, init_config: str | None = None) -> TrainConfig:
+    """The config of a fine-tuning run from `init_from`, anything that `visionmoe.load` reads, with `init_config`."""
     if name in FROM_SCRATCH:
         raise ValueError(f"recipe {name!r} starts from scratch: use visionmoe train --recipe {name}")
     _check_recipe(name, FINETUNING)
-    return FINETUNING[name](init_from)
+    return FINETUNING[name](init_from, init_config)
 
 
 def dense_twin(model: ModelConfig) -> ModelConfig:
@@ -262,12 +261,15 @@ def _adafactor(num_experts: int) -> OptimizerConfig:
     )
 
 
-def _finetuning(name: str, init_from: str, data: DataConfig, steps: int, warmup_steps: int) -> TrainConfig:
+def _finetuning(
+    name: str, init_from: str, init_config: str | None, data: DataConfig, steps: int, warmup_steps: int
+) -> TrainConfig:
     schedule = ScheduleConfig("warmup_cosine_decay", peak_value=3e-3, end_value=1e-5, warmup_steps=warmup_steps)
     return TrainConfig(
         recipe=name,
         out=f"runs/{name}",
         init_from=init_from,
+        init_config=init_config,
         model_options={"capacity_factor": 1.5},
         data=data,
         loss="softmax",
@@ -291,15 +293,13 @@ def _pretraining_rate(name: str) -> float:
     return {"s": 1e-3, "b": 8e-4, "h": 3e-4}.get(size, 3e-4)
 
 
-def _stored_size(init_from: str) -> tuple[int | tuple[int, int], int]:
-    """image_size and in_channels that a folder's config.json states, else 224 and 3."""
-    path = Path(init_from) / "config.json"
-    stored = read_json(path) if path.is_file() else {}
-    model = stored.get("model") if isinstance(stored, dict) else None
-    if not isinstance(model, dict) or "image_size" not in model:
+def _stored_size(init_from: str, init_config: str | None) -> tuple[int | tuple[int, int], int]:
+    """image_size and in_channels of the stored model; 224 and 3 where it cannot be read: loading it says why."""
+    try:
+        stored = open_source(init_from, init_config).config
+    except (OSError, ValueError):
         return 224, 3
-    size = model["image_size"]
-    return (tuple(size) if isinstance(size, list) else size), model.get("in_channels", 3)
+    return stored.image_size, stored.in_channels
 
 
 def _check_recipe(name: str, allowed: dict[str, Callable[..., TrainConfig]]) -> None:

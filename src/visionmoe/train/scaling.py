@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from visionmoe.config import check_names
+from visionmoe.config import check_names, from_dict
 
 State = dict[str, Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,10 +48,11 @@ def create_scaling(name: str, parameters: dict[str, Tensor], options: dict[str, 
     known = [f for f in cls.__dataclass_fields__ if f != "plans"]
     given = {k: v for k, v in options.items() if v is not None or k == "momentum"}
     check_names(f"optimizer {name!r}", given, known)
-    if cls is Adafactor:
-        minimum = given.get("min_dim_size_to_factor", Adafactor.min_dim_size_to_factor)
-        given["plans"] = {p: factor_plan(n, p, minimum) for n, p in parameters.items()}
-    return cls(**given)
+    if cls is not Adafactor:
+        return from_dict(cls, given, "optimizer.options")
+    scaling = from_dict(Adafactor, {"plans": {}, **given}, "optimizer.options")
+    scaling.plans = {p: factor_plan(n, p, scaling.min_dim_size_to_factor) for n, p in parameters.items()}
+    return scaling
 
 
 @dataclass

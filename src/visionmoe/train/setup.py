@@ -13,8 +13,8 @@ from torch import Tensor
 
 from visionmoe.checkpoint.load import load
 from visionmoe.checkpoint.sources import open_source as open_checkpoint
-from visionmoe.checkpoint.store import RunState, latest_good, list_checkpoints, load_run_state
-from visionmoe.config import ModelConfig, from_dict, to_dict
+from visionmoe.checkpoint.store import RunState, latest_good, list_checkpoints, load_run_state, remove_newer
+from visionmoe.config import ModelConfig, MoEConfig, check_names, from_dict, to_dict
 from visionmoe.data.sources import Source, open_source
 from visionmoe.files import write_json
 from visionmoe.model.vit import ModelOutput, VisionTransformer
@@ -35,9 +35,16 @@ _FREE = ("out", "recipe", "eval_every", "checkpoint_every", "keep_last", "log_ev
          "fewshot.every")  # fmt: skip
 
 
+class ConfigChangedError(ValueError):
+    """A run is to be resumed with another config than it had."""
+
+
 @dataclass
 class Parts:
-    """A run, ready to go on from progress.step. forward: the model, compiled where the config says so."""
+    """A run, ready to go on from progress.step. forward: the model, compiled where the config says so.
+
+    resumed_from: the checkpoint that it goes on from; None: it starts.
+    """
 
     config: TrainConfig
     source: Source
@@ -49,6 +56,7 @@ class Parts:
     settings: StepSettings
     total_steps: int
     progress: Progress
+    resumed_from: Path | None = None
     notes: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -71,8 +79,9 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
     optimizer = _optimizer(config, model, config.steps)
     ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
     progress = Progress() if saved is None else restore_training(saved, str(path), model, optimizer, ema)
-    if saved is not None:
+    if path is not None:
         notes.append(f"resumed from {path}")
+        notes += [f"removed the damaged checkpoint {damaged}" for damaged in remove_newer(path)]
     write_json(Path(config.out) / "config.json", to_dict(config))
     return Parts(
         config=config,
@@ -92,12 +101,14 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
         ),
         total_steps=config.steps,
         progress=progress,
+        resumed_from=path,
         notes=notes,
     )
 
 
 def resolve(config: TrainConfig, source: Source) -> tuple[TrainConfig, list[str]]:
-    """The config with epochs as steps and the data's number of classes, and notes about what that changed."""
+    """The config with epochs as steps, a warm-up that fits into them and the data's number of classes, and notes about
+    what that changed."""
     notes, classes = [], len(source.class_names)
     if config.epochs is not None:
         steps = math.ceil(config.epochs * len(source) / config.data.batch_size)
@@ -105,7 +116,17 @@ def resolve(config: TrainConfig, source: Source) -> tuple[TrainConfig, list[str]
     if config.model is not None and config.model.num_classes != classes:
         notes.append(f"the model gets {classes} classes, as the data has, not {config.model.num_classes}")
         config = dataclasses.replace(config, model=config.model.replace(num_classes=classes))
-    return config, notes
+    return _shorter_warmup(config, notes), notes
+
+
+def _shorter_warmup(config: TrainConfig, notes: list[str]) -> TrainConfig:
+    """A run that is not longer than its warm-up gets a warm-up of a tenth of its steps."""
+    rate, steps = config.optimizer.learning_rate, config.steps
+    if not steps or rate.decay_steps is not None or rate.warmup_steps is None or rate.warmup_steps < steps:
+        return config
+    notes.append(f"the warm-up of {rate.warmup_steps} steps does not fit into {steps} steps: it becomes {steps // 10}")
+    rate = dataclasses.replace(rate, warmup_steps=steps // 10)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
 
 
 def _optimizer(config: TrainConfig, model: VisionTransformer, steps: int) -> ScheduledOptimizer:
@@ -142,15 +163,24 @@ def _model(
     for name in fixed:
         if name in config.model_options:
             raise ValueError(f"model_options cannot hold {name!r}: it follows from the data")
-    options: dict[str, Any] = {**config.model_options, **fixed}
     stored = open_checkpoint(config.init_from, config.init_config)
-    head = decide_head(
-        config.new_head, stored.config, stored.config.replace(**options), stored.class_names, class_names
-    )
+    final, options = _with_options(stored.config, {**config.model_options, **fixed})
+    head = decide_head(config.new_head, stored.config, final, stored.class_names, class_names)
     notes.append(head.reason)
     if head.new and config.steps == 0:
         notes.append("0 steps: a head that was not trained classifies no better than chance")
     return load(config.init_from, config.init_config, new_head=head.new, **options)
+
+
+def _with_options(stored: ModelConfig, options: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """The stored config with options as JSON has them, and these options with their types. ValueError names a wrong
+    one."""
+    plain, moe = to_dict(stored), {f.name for f in dataclasses.fields(MoEConfig)}
+    check_names("model_options", options, {*plain, *moe})
+    for name, value in options.items():
+        (plain["moe"] if name in moe else plain)[name] = value
+    final = from_dict(ModelConfig, plain, "model_options")
+    return final, {name: getattr(final.moe if name in moe else final, name) for name in options}
 
 
 def _check_folder(config: TrainConfig, resume: bool) -> None:
@@ -167,7 +197,9 @@ def _check_folder(config: TrainConfig, resume: bool) -> None:
     old, new = _flat(to_dict(read_config(str(stored)))), _flat(to_dict(config))
     for name in sorted({*old, *new}):
         if name not in _FREE and old.get(name) != new.get(name):
-            raise ValueError(f"a resumed run must keep its config: {name} was {old.get(name)!r}, got {new.get(name)!r}")
+            raise ConfigChangedError(
+                f"a resumed run must keep its config: {name} was {old.get(name)!r}, got {new.get(name)!r}"
+            )
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -90,7 +90,7 @@ def experts_by_position(
 def _labels(axis: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
     axis.set_xticks(range(len(columns)), labels=list(columns), fontsize=10 if len(columns) <= 16 else 6)
     if len(rows) <= MOST_LABELS:
-        axis.set_yticks(range(len(rows)), labels=list(rows), fontsize=10 if len(rows) <= 27 else 7)
+        axis.set_yticks(range(len(rows)), labels=list(rows), fontsize=10 if len(rows) <= 27 else 7, parse_math=False)
     else:
         axis.set(yticks=[], ylabel=f"{len(rows)} classes")
     axis.spines[:].set_visible(False)

@@ -37,7 +37,7 @@ def gallery(
                 left = column * (width + gap)
                 picture[top : top + height, left : left + width] = outlined(crop, cell)
                 axis.text(left + width / 2, top + height + 3, shortened(crop.class_name), ha="center", va="top",
-                          fontsize=6, color="#444444")  # fmt: skip
+                          fontsize=6, color="#444444", parse_math=False)  # fmt: skip
         axis.imshow(picture, interpolation="nearest")
         axis.text(0, -0.12 / scale, title, fontsize=11, fontweight="bold", va="bottom")
         save(figure, path)

@@ -34,7 +34,7 @@ def kept_patches(
         axis.imshow(picture, interpolation="nearest")
         axis.set_axis_off()
         for row, name in enumerate(names):
-            axis.text(-gap, row * (height + gap) + height / 2, f"{name} ", ha="right", va="center")
+            axis.text(-gap, row * (height + gap) + height / 2, f"{name} ", ha="right", va="center", parse_math=False)
         headings = ["image", *(f"C = {factor:.2g}\n{share:.0%} kept" for factor, share in shares.items())]
         for column, heading in enumerate(headings):
             axis.text(column * (width + gap) + width / 2, -gap, heading, ha="center", va="bottom", fontsize=9)

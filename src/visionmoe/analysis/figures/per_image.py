@@ -65,7 +65,7 @@ def _gallery(
     axis.set_title(title, pad=22)
     for row, example in enumerate(examples):
         text = f"{class_names[example.label]}\n{example.share:.0%} kept\n{'right' if example.correct else 'wrong'}"
-        axis.text(-gap, row * (height + gap) + height / 2, text, ha="right", va="center", fontsize=9)
+        axis.text(-gap, row * (height + gap) + height / 2, text, ha="right", va="center", fontsize=9, parse_math=False)
     for column, heading in enumerate(["image", *(f"block {block}" for block in blocks)]):
         axis.text(column * (width + gap) + width / 2, -gap, heading, ha="center", va="bottom", fontsize=9)
 

@@ -30,7 +30,7 @@ def combine_weights(path: str | os.PathLike, counts: Mapping[int, np.ndarray], t
                 name = CHOICES[rank] if rank < len(CHOICES) else f"choice {rank + 1}"
                 axis.stairs(share, edges, fill=True, alpha=0.55, color=colour, label=name if len(table) > 1 else None)
                 axis.stairs(share, edges, color=colour, linewidth=1.2)
-            axis.set(title=f"block {layer}", xlabel="combine weight", xlim=(0, 1))
+            axis.set(title=f"block {layer}", xlabel="router's probability", xlim=(0, 1))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes[0].set_ylabel("share of tokens")
         if len(next(iter(counts.values()))) > 1:

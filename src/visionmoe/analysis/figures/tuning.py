@@ -10,16 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from visionmoe.analysis.figures.style import BLUE, GREEN, GREY, ORANGE, STYLE, save
-from visionmoe.config import RoutingSetting
+from visionmoe.evaluate.adaptive import LayerSettings
 from visionmoe.evaluate.allocation import level_of
 from visionmoe.evaluate.tune import Candidate
-
-Routing = Mapping[int, RoutingSetting]
 
 
 def tuned_routing(
     path: str | os.PathLike,
-    routings: Mapping[str, Routing],
+    routings: Mapping[str, LayerSettings],
     candidates: Sequence[Candidate],
     chosen: Mapping[str, Candidate],
     budget: int,
@@ -44,7 +42,7 @@ def tuned_routing(
         save(figure, path)
 
 
-def _levels(axis: Axes, routings: Mapping[str, Routing]) -> None:
+def _levels(axis: Axes, routings: Mapping[str, LayerSettings]) -> None:
     colours = {"present": GREY, "uniform": BLUE, "tuned": ORANGE}
     width = 0.8 / len(routings)
     for place, (name, routing) in enumerate(routings.items()):
