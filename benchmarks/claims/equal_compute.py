@@ -3,18 +3,17 @@
     python benchmarks/claims/equal_compute.py --data-set cifar10 --images parquet:PATH
     python benchmarks/claims/equal_compute.py --data-set fashion_mnist
 
-Evaluates nothing itself: the accuracies are those that the runs logged. Seconds are those of the training steps, images
-included, evaluations and checkpoints not, at the median speed that the run logged, so that a time in which something
-else had the machine does not count. They are comparable where both runs had the machine to themselves or a core each.
+Evaluates nothing itself: the accuracies are those that the runs logged. Seconds are the steps made times the seconds of
+one step, which is measured here, for both models in turns on the same machine (`step_time`).
 """
 
 import itertools
-import statistics
 from typing import Any
 
 import figures
 import runs
 from runs import Run
+from step_time import seconds_per_step
 
 from visionmoe.train.log import read_log
 
@@ -22,13 +21,13 @@ from visionmoe.train.log import read_log
 def main() -> None:
     arguments = runs.parser(__doc__).parse_args()
     compared = {kind: runs.trained(arguments, kind) for kind in runs.KINDS}
-    curves = {kind: [curve(run) for run in own] for kind, own in compared.items()}
+    seconds = seconds_per_step({kind: own[0] for kind, own in compared.items()})
+    curves = {kind: [curve(run, seconds[kind]) for run in own] for kind, own in compared.items()}
     content = {
         "facts": {kind: runs.facts(own[0]) for kind, own in compared.items()},
         "num_images": {split: runs.loader_of(arguments, compared["dense"][0], split).num_images
                        for split in ("train", "test")},
-        "train_seconds": {kind: runs.over_seeds([points[-1]["train_seconds"] for points in own])
-                          for kind, own in curves.items()},
+        "seconds_per_step": seconds,
         "wall_seconds": {kind: runs.over_seeds([run.results["train_seconds"] for run in own])
                          for kind, own in compared.items()},
         "final_top1": {kind: runs.over_seeds([run.top1 for run in own]) for kind, own in compared.items()},
@@ -39,25 +38,21 @@ def main() -> None:
     figures.draw("equal_compute", report, arguments.pictures)
 
 
-def curve(run: Run) -> list[dict[str, Any]]:
-    """Every evaluation of a run, in order: step, top1, loss, train_flops and train_seconds up to there."""
-    per_step = run.config.data.batch_size / median_speed(run)
+def curve(run: Run, seconds: float) -> list[dict[str, Any]]:
+    """Every evaluation of a run, in order: step, top1, loss, train_flops and train_seconds up to there.
+
+    seconds: of one step.
+    """
     return [
         {
             "step": record["step"],
             **{name: record["metrics"][name] for name in ("top1", "loss")},
             "train_flops": runs.train_flops(run, record["step"]),
-            "train_seconds": record["step"] * per_step,
+            "train_seconds": record["step"] * seconds,
         }
         for record in read_log(run.folder / "log.jsonl")
         if record["kind"] == "eval" and record["name"] == "test"
     ]
-
-
-def median_speed(run: Run) -> float:
-    """Images per second in training, the median of what the run logged."""
-    records = [record for record in read_log(run.folder / "log.jsonl") if record["kind"] == "train"]
-    return statistics.median(record["images_per_second"] for record in records)
 
 
 def compare(sparse: list[list[dict]], dense: list[list[dict]]) -> dict[str, Any]:

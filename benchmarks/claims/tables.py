@@ -10,7 +10,6 @@ NAMES = {"sparse": "V-MoE", "dense": "dense ViT"}
 def setup(report: Report) -> list[str]:
     """Of equal_compute's file: models, training, machine."""
     facts = report["facts"]
-    seconds = report["train_seconds"]
     train, test = report["num_images"]["train"], report["num_images"]["test"]
     own = facts["sparse"]
     rows = [
@@ -20,7 +19,7 @@ def setup(report: Report) -> list[str]:
         ["parameters", *(f"{facts[kind]['parameters']:,}" for kind in NAMES)],
         ["MFLOP per image, forward", *(f"{facts[kind]['flops_per_image'] / 1e6:.2f}" for kind in NAMES)],
         ["training, PFLOP", *(f"{facts[kind]['train_flops'] / 1e15:.2f}" for kind in NAMES)],
-        ["training, seconds on one core", *(spread(seconds[kind], 1, ".0f") for kind in NAMES)],
+        ["one training step, ms", *(f"{1000 * report['seconds_per_step'][kind]:.0f}" for kind in NAMES)],
     ]
     machine = report["machine"]
     return [
@@ -28,7 +27,7 @@ def setup(report: Report) -> list[str]:
         "",
         f"{train:,} training and {test:,} test images, {own['image_size']} px, patches of {own['patch_size']} px; "
         f"{own['steps']:,} steps of {own['batch_size']} images; {report['seeds']} seeds. Machine: {machine['cpu']}, "
-        f"{machine['cores']} cores, each run on one of them; torch {machine['torch']}; {report['date']}.",
+        f"{machine['threads']} thread; torch {machine['torch']}; {report['date']}.",
     ]
 
 
@@ -48,13 +47,13 @@ def equal_compute(report: Report) -> list[str]:
         ])  # fmt: skip
     header = ["step", "PFLOP", "V-MoE", "dense ViT", "difference", "V-MoE, minutes", "dense, minutes"]
     compared = report["compared"]
-    ratio = [s / d for s, d in zip(*(report["train_seconds"][kind]["per_seed"] for kind in NAMES), strict=True)]
+    ratio = report["seconds_per_step"]["sparse"] / report["seconds_per_step"]["dense"]
     reached = compared["to_dense_accuracy"]
     return [
         *table(header, rows),
         "",
         f"- Equal FLOPs, both finished: {points(compared['final']['per_seed'], each=True)}.",
-        f"- Equal seconds: a V-MoE step takes {spread_of(ratio, 1)} times as long. When the dense run has finished, "
+        f"- Equal seconds: a V-MoE step takes {ratio:.2f} times as long. When the dense run has finished, "
         f"the V-MoE, whose rate has not yet fallen to 0, is at "
         f"{points(compared['at_dense_seconds']['per_seed'], each=True)}.",
         f"- The V-MoE reaches the dense model's final accuracy after {_shares(reached['train_flops'])} of its FLOPs "
