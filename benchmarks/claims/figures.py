@@ -13,7 +13,7 @@ import numpy as np
 import runs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from visionmoe.analysis.figures.style import BLUE, GREEN, GREY, ORANGE, STYLE, save
 from visionmoe.files import read_json
@@ -47,16 +47,16 @@ def draw(name: str, report: dict[str, Any], folder: Path) -> None:
 def equal_compute(report: dict[str, Any]) -> Figure:
     """Accuracy over training FLOPs, and over training seconds; thin lines are the seeds."""
     figure, (left, right) = panels(report, 2, sharey=True)
-    for axis, name, unit in ((left, "train_flops", 1e15), (right, "train_seconds", 60.0)):
+    for axis, name, unit in ((left, "train_flops", 1e12), (right, "train_seconds", 60.0)):
         for kind, own in report["curves"].items():
             x = np.array([[p[name] for p in points] for points in own]) / unit
             y = np.array([[p["top1"] for p in points] for points in own])
             for each_x, each_y in zip(x, y, strict=True):
                 axis.plot(each_x, each_y, color=COLOURS[kind], linewidth=0.8, alpha=0.5)
             axis.plot(x.mean(0), y.mean(0), "o-", color=COLOURS[kind], markersize=5, label=NAMES[kind])
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        percent(axis)
         axis.set_xlim(0, None)
-    left.set(title="Equal training compute", xlabel="training compute, PFLOP", ylabel="test accuracy")
+    left.set(title="Equal training compute", xlabel="training compute, TFLOP", ylabel="test accuracy")
     right.set(title="Equal time on one core", xlabel="training time, minutes")
     left.legend(loc="lower right", title=f"thick: mean of {report['seeds']} seeds")
     return figure
@@ -129,7 +129,7 @@ def specialisation(report: dict[str, Any]) -> Figure:
     bars(right, np.arange(len(cases)), list(cases.values()), GREY, None, 0.6)
     right.set_xticks(np.arange(len(cases)), list(cases))
     right.set(title="Accuracy with experts drawn at random", ylabel="test accuracy")
-    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    percent(right)
     for axis in (left, right):
         axis.grid(axis="x", visible=False)
     return figure
@@ -156,7 +156,7 @@ def transfer(report: dict[str, Any]) -> Figure:
     axes[2].set(title=f"Trained on {report['target']}, {report['fine_tuning']['subset']}")
     axes[2].grid(axis="x", visible=False)
     for axis in axes:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        percent(axis)
     axes[0].legend(loc="lower right")
     return figure
 
@@ -181,6 +181,12 @@ def line(axis: Axes, x: Sequence[float], found: Sequence[dict[str, Any]], colour
     mean, std = (np.array([one[name] for one in found]) for name in ("mean", "std"))
     axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     axis.plot(x, mean, "o-", color=colour, markersize=5, label=label)
+    percent(axis)
+
+
+def percent(axis: Axes) -> None:
+    """The vertical axis in whole percents."""
+    axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 

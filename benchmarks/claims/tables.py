@@ -18,7 +18,7 @@ def setup(report: Report) -> list[str]:
         ["experts", _experts(own["experts"]), "none"],
         ["parameters", *(f"{facts[kind]['parameters']:,}" for kind in NAMES)],
         ["MFLOP per image, forward", *(f"{facts[kind]['flops_per_image'] / 1e6:.2f}" for kind in NAMES)],
-        ["training, PFLOP", *(f"{facts[kind]['train_flops'] / 1e15:.2f}" for kind in NAMES)],
+        ["training, TFLOP", *(f"{facts[kind]['train_flops'] / 1e12:.1f}" for kind in NAMES)],
         ["one training step, ms", *(f"{1000 * report['seconds_per_step'][kind]:.0f}" for kind in NAMES)],
     ]
     machine = report["machine"]
@@ -41,11 +41,11 @@ def equal_compute(report: Report) -> list[str]:
         minutes = {kind: _mean([one[number]["train_seconds"] for one in curves[kind]]) / 60 for kind in NAMES}
         differences = [s - d for s, d in zip(found["sparse"], found["dense"], strict=True)]
         rows.append([
-            f"{point['step']:,}", f"{point['train_flops'] / 1e15:.2f}",
+            f"{point['step']:,}", f"{point['train_flops'] / 1e12:.1f}",
             *(f"{spread_of(found[kind])} %" for kind in NAMES), points(differences),
             *(f"{minutes[kind]:.1f}" for kind in NAMES),
         ])  # fmt: skip
-    header = ["step", "PFLOP", "V-MoE", "dense ViT", "difference", "V-MoE, minutes", "dense, minutes"]
+    header = ["step", "TFLOP", "V-MoE", "dense ViT", "difference", "V-MoE, minutes", "dense, minutes"]
     compared = report["compared"]
     ratio = report["seconds_per_step"]["sparse"] / report["seconds_per_step"]["dense"]
     reached = compared["to_dense_accuracy"]
@@ -161,13 +161,13 @@ def upcycle(report: Report) -> list[str]:
     rows = []
     for name, said in names.items():
         steps = options["dense_steps"] if name == "start" else first[f"steps_{name}"]
-        added = "" if name == "start" else f"{first[f'added_train_flops_{name}'] / 1e15:.2f}"
+        added = "" if name == "start" else f"{first[f'added_train_flops_{name}'] / 1e12:.1f}"
         seconds = [row[f"train_seconds_{name}"] for row in report["rows"]]
         top1 = [row[f"top1_{name}"] for row in report["rows"]]
         rows.append([said, f"{steps:,}", added, spread_of(seconds, 1, ".0f"), f"{spread_of(top1)} %"])
     gains = [row["top1_upcycled"] - row["top1_dense"] for row in report["rows"]]
     return [
-        *table(["", "steps", "added PFLOP", "seconds", "accuracy"], rows),
+        *table(["", "steps", "added TFLOP", "seconds", "accuracy"], rows),
         "",
         f"- Upcycled less dense, at equal added FLOPs: {points(gains, each=True)}.",
         f"- Recipe `{options['recipe']}`, E {options['num_experts']}, K {options['num_selected_experts']}, "

@@ -3,7 +3,7 @@
     python benchmarks/claims/transfer.py --data-set cifar10 --images parquet:PATH
     python benchmarks/claims/transfer.py --data-set fashion_mnist --target parquet:PATH
 
-Few-shot: ridge regression on frozen features, k images per class out of train[:5000], as `visionmoe fewshot` does it,
+Few-shot: ridge regression on frozen features, k images per class out of train[:2500], as `visionmoe fewshot` does it,
 on the target's test images and on those of --split of the images that the models were trained on. Fine-tuning: every
 seed's model with a new head, and for comparison the same model from scratch, on the target's --subset, with the
 recipe's optimizer and the same number of steps; the peak learning rates of the two are options.
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 25])
     parser.add_argument("--few-shot-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--subset", default="train[:1000]", help="split of the target to fine-tune on")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--scratch-rate", type=float, default=2e-3)
@@ -69,7 +69,7 @@ def few_shot(arguments: argparse.Namespace, own: list[Run]) -> dict[str, list[di
     sources = {"target": (arguments.target, "test"), "own": (runs.source_of(arguments, own[0]), arguments.split)}
     accuracies: dict[str, list[list[float]]] = {name: [] for name in sources}
     for run in own:
-        data = [FewShotData(name, few_shot_loader(run, source, "train[:5000]"), few_shot_loader(run, source, split))
+        data = [FewShotData(name, few_shot_loader(run, source, "train[:2500]"), few_shot_loader(run, source, split))
                 for name, (source, split) in sources.items()]  # fmt: skip
         cache = FeatureCache(run.folder / "features")
         evaluator = FewShotEvaluator(data, shots=arguments.shots, seeds=arguments.few_shot_seeds, cache=cache)
