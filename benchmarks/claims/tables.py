@@ -64,10 +64,10 @@ def equal_compute(report: Report) -> list[str]:
 def capacity(report: Report) -> list[str]:
     """One line per capacity factor, both orders; then how far each order can go."""
     by = {(row["capacity_factor"], row["batch_priority"]): row for row in report["rows"]}
-    rows = []
+    rows, gained = [], {}
     for factor in sorted({factor for factor, _ in by}, reverse=True):
         vanilla, priority = by[factor, False], by[factor, True]
-        gains = _differences(priority["top1"], vanilla["top1"])
+        gains = gained[factor] = _differences(priority["top1"], vanilla["top1"])
         rows.append([
             f"{factor:g}", f"{vanilla['flops'] / 1e6:.2f}", f"{100 * vanilla['dropped']['mean']:.0f} %",
             f"{spread(vanilla['top1'])} %", f"{spread(priority['top1'])} %", points(gains),
@@ -76,7 +76,8 @@ def capacity(report: Report) -> list[str]:
         ["dense ViT", f"{report['dense']['flops'] / 1e6:.2f}", "", f"{spread(report['dense']['top1'])} %", "", ""]
     )
     trained = by[report["trained_capacity_factor"], False]
-    lines = []
+    most = max(gained, key=lambda factor: _mean(gained[factor]))
+    lines = [f"- The largest difference, at C = {most:g}, seed by seed: {points(gained[most], each=True)}."]
     for priority, name in ((True, "Batch-priority"), (False, "Vanilla")):
         own = [row for row in report["rows"] if row["batch_priority"] == priority]
         close = [row for row in own if row["top1"]["mean"] >= trained["top1"]["mean"] - 0.01]
