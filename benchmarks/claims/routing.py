@@ -7,7 +7,6 @@ from typing import Any
 
 import runs
 from runs import Run
-from torch import Tensor
 
 from visionmoe.config import RoutingSetting
 from visionmoe.data.loader import EvalLoader
@@ -35,10 +34,10 @@ def evaluate_settings(
 def evaluate_run(run: Run, loader: EvalLoader, settings: Sequence[RoutingSetting]) -> list[dict[str, Any]]:
     """The points of one run's model, as `visionmoe sweep` has them, in the order of the settings."""
     model = run.model()
-    first = next(iter(loader))[0]
-    evaluate = stored_evaluator(run, loader, model, first)
+    batch_size = min(loader.config.eval_batch_size, loader.num_images)
+    evaluate = stored_evaluator(run, loader, model)
     points = sweep(
-        model, evaluate, settings, batch_size=len(first), on_point=lambda p: print(run.folder, p, flush=True)
+        model, evaluate, settings, batch_size=batch_size, on_point=lambda p: print(run.folder, p, flush=True)
     )
     return [asdict(point) for point in points]
 
@@ -48,13 +47,13 @@ def evaluate_dense(arguments: argparse.Namespace, dense: Sequence[Run]) -> dict[
     loader, top1 = runs.loader_of(arguments, dense[0]), []
     for run in dense:
         model = run.model()
-        evaluate = stored_evaluator(run, loader, model, next(iter(loader))[0])
+        evaluate = stored_evaluator(run, loader, model)
         top1.append(evaluate(model)["top1"])
         print(run.folder, top1[-1], flush=True)
     return {"flops": dense[0].results["flops_per_image"], "top1": runs.over_seeds(top1)}
 
 
-def stored_evaluator(run: Run, loader: EvalLoader, model: VisionTransformer, first: Tensor) -> StoredEvaluator:
-    """first: the images of the loader's first batch. Results are kept in the run's folder."""
-    context = context_of(model, loader, first, autocast=False)
+def stored_evaluator(run: Run, loader: EvalLoader, model: VisionTransformer) -> StoredEvaluator:
+    """Results are kept in the run's folder."""
+    context = context_of(model, loader, autocast=False)
     return StoredEvaluator(ClassificationEvaluator(loader), ResultStore(run.folder), context)
