@@ -56,8 +56,8 @@ def equal_compute(report: Report) -> list[str]:
         f"- Equal seconds: a V-MoE step takes {ratio:.2f} times as long. When the dense run has finished, "
         f"the V-MoE, whose rate has not yet fallen to 0, is at "
         f"{points(compared['at_dense_seconds']['per_seed'], each=True)}.",
-        f"- The V-MoE reaches the dense model's final accuracy after {_shares(reached['train_flops'])} of its FLOPs "
-        f"and {_shares(reached['train_seconds'])} of its seconds (one number per seed).",
+        f"- Share of the dense run's FLOPs after which the V-MoE has the dense model's final accuracy, seed by seed: "
+        f"{_shares(reached['train_flops'])}; of its seconds: {_shares(reached['train_seconds'])}.",
     ]
 
 

@@ -34,7 +34,7 @@ def with_tables(text: str, results: Path) -> str:
         if name not in tables.TABLES:
             raise ValueError(f"no table is called {name!r}; there are: {', '.join(tables.TABLES)}")
         path = results / file
-        lines = ["Not measured yet."]
+        lines = ["Not measured yet; the command makes it."]
         if path.is_file():
             lines = tables.TABLES[name](json.loads(path.read_text(encoding="utf-8")))
         return "\n".join([begin, *lines, "", end])
