@@ -87,27 +87,29 @@ def capacity(report: dict[str, Any]) -> Figure:
 
 
 def experts_per_token(report: dict[str, Any]) -> Figure:
-    """Accuracy over K and over operations."""
+    """Change of accuracy, seed by seed, over K and over operations."""
     figure, (left, right) = panels(report, 2, sharey=True)
     trained = report["trained_num_selected_experts"]
+    base = next(row for row in report["same_factor"] if row["num_selected_experts"] == trained)
     for name, colour, label in (
         ("same_factor", ORANGE, f"C = {report['trained_capacity_factor']:g}"),
         ("same_places", BLUE, f"K C = {report['trained_capacity_factor'] * trained:g}"),
     ):
         rows = report[name]
-        line(left, [row["num_selected_experts"] for row in rows], [row["top1"] for row in rows], colour, label)
-        line(right, [row["flops"] / 1e6 for row in rows], [row["top1"] for row in rows], colour, label)
-        if name == "same_factor":
-            for row in rows:
-                right.annotate(f"K={row['num_selected_experts']}", (row["flops"] / 1e6, row["top1"]["mean"]),
-                               textcoords="offset points", xytext=(5, -14), color="#555555", fontsize=8)  # fmt: skip
+        changes = [difference(row["top1"], base["top1"]) for row in rows]
+        line(left, [row["num_selected_experts"] for row in rows], changes, colour, label)
+        line(right, [row["flops"] / 1e6 for row in rows], changes, colour, label)
+        for row, change in zip(rows, changes, strict=True):
+            if name == "same_factor":
+                right.annotate(f"K={row['num_selected_experts']}", (row["flops"] / 1e6, change["mean"]),
+                               textcoords="offset points", xytext=(-4, -16), color="#555555", fontsize=8)  # fmt: skip
+    lowest, highest = left.get_ylim()
+    left.set_ylim(min(lowest, -0.02), max(highest, 0.01))  # a small change is to look small
     left.axvline(trained, color=GREY, linewidth=1, linestyle="--")
-    left.annotate(" trained", (trained, 0.02), xycoords=("data", "axes fraction"), color="#777777", fontsize=8)
+    left.annotate(" trained", (trained, 0.94), xycoords=("data", "axes fraction"), color="#777777", fontsize=8)
     left.xaxis.set_major_locator(FixedLocator([row["num_selected_experts"] for row in report["same_factor"]]))
-    dense(left, report, None)
-    dense(right, report, report["dense"]["flops"] / 1e6)
-    left.set(title="K changed after training", xlabel="experts per token K", ylabel="test accuracy")
-    right.set(title="Accuracy against compute", xlabel="million operations per image")
+    left.set(title="K changed after training", xlabel="experts per token K", ylabel="change of test accuracy")
+    right.set(title="Against compute", xlabel="million operations per image")
     left.legend(loc="lower right", title=SPREAD.format(report["seeds"]))
     return figure
 
@@ -176,6 +178,11 @@ def panels(report: dict[str, Any], count: int, **options: Any) -> tuple[Figure, 
     return figure, figure.subplots(1, count, **options)
 
 
+def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of the same seeds."""
+    return runs.over_seeds([a - b for a, b in zip(one["per_seed"], other["per_seed"], strict=True)])
+
+
 def line(axis: Axes, x: Sequence[float], found: Sequence[dict[str, Any]], colour: str, label: str) -> None:
     """Means with a band of one standard deviation."""
     mean, std = (np.array([one[name] for one in found]) for name in ("mean", "std"))
@@ -185,9 +192,9 @@ def line(axis: Axes, x: Sequence[float], found: Sequence[dict[str, Any]], colour
 
 
 def percent(axis: Axes) -> None:
-    """The vertical axis in whole percents."""
-    axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    """The vertical axis in percents."""
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def bars(axis: Axes, at: np.ndarray, found: Sequence[dict], colour: str, label: str | None, width: float) -> None:
