@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,10 +121,19 @@ def test_ctrl_c_and_again(model, tmp_path):
     arguments += ["--out", str(tmp_path)]
     command = [sys.executable, "-m", "visionmoe", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    # a shell ignores SIGINT for what it starts in the background, and children inherit that
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     features = tmp_path / "features"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (features.is_dir() and any(features.glob("*.safetensors"))):
+    while time.monotonic() < deadline and not any(
+        re.fullmatch(r"[^.]+\.safetensors", p.name) for p in features.glob("*")
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # the 64 training images are done, the 2,000 test images are not
     error = process.communicate(timeout=120)[1]
