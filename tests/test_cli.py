@@ -263,15 +263,21 @@ def test_sweep_of_some_layers_beside_a_dense_model(workplace: Path, capsys: pyte
     assert results(workplace / "swept")["num_images"] == 50
 
 
+def reachable_speed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """--images-per-second with something between the slowest and the fastest that the command names."""
+    assert main([*arguments, "--images-per-second", "1"]) == 2
+    allowed = capsys.readouterr().err.split("between ")[1].split(" and ")
+    slow, fast = (float(text.split()[0]) for text in allowed)
+    return ["--images-per-second", str(0.7 * slow + 0.3 * fast)]
+
+
 @pytest.mark.parametrize("budget", [["--flops", "0.93"], ["--images-per-second", "SPEED"]], ids=lambda b: b[0])
 def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments = ["tune", str(trained), "--split", "test[:60]", "--out", str(tmp_path)]
-    if budget[1] == "SPEED":  # something between the two that it can reach
-        assert main([*arguments, "--images-per-second", "1"]) == 2
-        allowed = capsys.readouterr().err.split("between ")[1].split(" and ")
-        slow, fast = (float(text.split()[0]) for text in allowed)
-        budget = ["--images-per-second", str(0.9 * slow + 0.1 * fast)]
-    code = main([*arguments, *budget])
+    for _ in range(4):  # a busy machine may change its speed between two measurements
+        code = main([*arguments, *(reachable_speed(arguments, capsys) if budget[1] == "SPEED" else budget)])
+        if code != 2:
+            break
     found = results(tmp_path)
     assert code == (0 if found["speed"] is None or found["speed"]["met"] else 1)
     assert (found["calibration_split"], found["calibration_images"], found["check_images"]) == ("train[:200]", 100, 100)
@@ -291,7 +297,7 @@ def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.C
     text = capsys.readouterr().out
     assert "kept:" in text and "present" in text
     # Again: nothing is evaluated again, but speeds are measured again, and may then ask for another budget.
-    again_code = main([*arguments, *budget])
+    again_code = main([*arguments, *(reachable_speed(arguments, capsys) if budget[1] == "SPEED" else budget)])
     again = results(tmp_path)
     assert again["budget"] == found["budget"] or found["speed"] is not None
     if found["speed"] is None:
