@@ -26,8 +26,8 @@ from visionmoe.evaluate.adaptive import (
     sweep,
 )
 from visionmoe.evaluate.classify import ClassificationEvaluator
-from visionmoe.evaluate.store import ResultStore, StoredEvaluator, context_of, finite, plain, stored_timing
-from visionmoe.files import sha256, write_json
+from visionmoe.evaluate.store import ResultStore, StoredEvaluator, context_of, plain, stored_timing
+from visionmoe.files import finite, sha256, write_json
 from visionmoe.model.flops import count_flops
 from visionmoe.model.vit import VisionTransformer
 

@@ -24,6 +24,7 @@ from visionmoe.data.loader import EvalLoader
 from visionmoe.evaluate.adaptive import Evaluate, LayerSettings, layer_settings
 from visionmoe.evaluate.fingerprint import data_fingerprint, model_fingerprint
 from visionmoe.evaluate.timing import affordable_batch, device_name, how_measured, time_settings
+from visionmoe.files import finite
 from visionmoe.model.vit import VisionTransformer
 
 NAME = "points.jsonl"
@@ -185,15 +186,6 @@ def context_of(model: VisionTransformer, loader: EvalLoader, *, autocast: bool) 
 def plain(routing: LayerSettings) -> dict[str, Any]:
     """Settings as JSON has them."""
     return {str(layer): to_dict(setting) for layer, setting in routing.items()}
-
-
-def finite(value: Any) -> Any:
-    """The same numbers, lists and tables, with None for every number that is not finite: JSON has no NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: finite(entry) for name, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _check(key: Any, value: Any) -> int:

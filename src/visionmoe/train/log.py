@@ -7,17 +7,15 @@ A line has "kind": "train" (means over the steps since the last one, and "router
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from visionmoe.files import atomic_write
+from visionmoe.files import atomic_write, finite
 
 _log = logging.getLogger(__name__)
 
@@ -146,13 +144,3 @@ def _leaves(value: Any, name: str = "") -> list[tuple[str, float]]:
         return [(name, value)]
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     return [leaf for key, inner in items for leaf in _leaves(inner, f"{name}/{key}" if name else str(key))]
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
