@@ -131,3 +131,14 @@ def test_the_picture_and_its_numbers(tmp_path: Path):
     assert sum(q["images"] for q in found["quartiles"]) == 33
     assert found["lowest_share"] <= found["fewest"][0]["share"] <= found["most"][0]["share"] == found["highest_share"]
     assert -1 <= found["rank_correlation_of_share_with_loss"] <= 1
+
+
+def test_bins_hold_equally_many_possible_values():
+    """Shares are multiples of 1/4: bins centred on them. Of 100 steps of 1/1000, at most 40 bins of 3 steps each."""
+    from visionmoe.analysis.figures.per_image import bin_edges
+
+    assert bin_edges([0.25, 0.5, 0.75, 0.5]) == pytest.approx([0.125, 0.375, 0.625, 0.875])
+    edges = bin_edges([i / 1000 for i in range(101)])
+    assert len(edges) - 1 == 34  # 101 values, 3 to a bin
+    assert edges[1] - edges[0] == pytest.approx(0.003)
+    assert bin_edges([0.3]) == pytest.approx([-0.2, 0.8])

@@ -1,5 +1,7 @@
 """Which images get little compute and which get much."""
 
+import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -71,12 +73,24 @@ def _gallery(
 
 
 def _distribution(axis: Axes, shares: Sequence[float]) -> None:
-    axis.hist(shares, bins=30, color=BLUE, alpha=0.85)
+    axis.hist(shares, bins=bin_edges(shares), color=BLUE, alpha=0.85)
     mean = sum(shares) / len(shares)
     axis.axvline(mean, color=GREY, linestyle="--", linewidth=1.2, label=f"mean {mean:.0%}")
     axis.set(title="All images", xlabel="share of its routing requests that an image keeps", ylabel="images")
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.legend(loc="upper right")
+
+
+def bin_edges(shares: Sequence[float], most: int = 40) -> list[float]:
+    """Edges of at most `most` bins that all hold equally many of the values that can occur.
+
+    The shares of images with equally many requests are multiples of a step: other bins would have gaps.
+    """
+    values = sorted({round(share, 9) for share in shares})
+    step = min((b - a for a, b in itertools.pairwise(values)), default=1.0)
+    width = step * max(1, math.ceil((values[-1] - values[0]) / step / most))
+    count = math.floor((values[-1] - values[0]) / width + 1e-6) + 1
+    return [values[0] - step / 2 + width * i for i in range(count + 1)]
 
 
 def _accuracy(axis: Axes, quartiles: Sequence[Mapping[str, float]]) -> None:
@@ -86,5 +100,5 @@ def _accuracy(axis: Axes, quartiles: Sequence[Mapping[str, float]]) -> None:
     axis.set_xticks(places, labels=[f"{q['lowest_share']:.0%} to {q['highest_share']:.0%}" for q in quartiles])
     axis.set(title="Accuracy by quarters of the images", xlabel="share kept", ylabel="top-1")
     axis.margins(x=0.15)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axis.legend(loc="best")
