@@ -18,7 +18,6 @@ zero weights and the tokens' choices come from the training noise.
 import argparse
 import datetime
 import functools
-import platform
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from torch import nn
 
 import visionmoe as vm
 from visionmoe.config import MoEConfig, RoutingSetting
+from visionmoe.evaluate.timing import device_name
 from visionmoe.files import write_json
 from visionmoe.model.moe import MoE
 from visionmoe.model.router import Router
@@ -51,7 +51,7 @@ def main() -> None:
     models = model_rows(arguments)
     for row in models:
         print(row, flush=True)
-    machine = {"cpu": _cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "torch": torch.__version__}
     write_json(
         arguments.out,
         {
@@ -174,13 +174,6 @@ def in_turns(calls: dict, arguments: argparse.Namespace) -> dict:
 def compared(times: dict, name: object, reference: object) -> dict:
     ratios = [a / b for a, b in zip(times[name], times[reference], strict=True)]
     return {"ms": round(statistics.median(times[name]) * 1e3, 2), "ratio": round(statistics.median(ratios), 4)}
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ products. Medians over all repetitions; `ratio` is the median of the ratios of n
 
 import argparse
 import datetime
-import platform
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from visionmoe.config import MoEConfig
+from visionmoe.evaluate.timing import device_name
 from visionmoe.files import write_json
 from visionmoe.model.layers import Mlp
 from visionmoe.model.moe import MoE
@@ -33,7 +33,7 @@ def main() -> None:
             for backward in (False, True):
                 rows.append(compare(dtype, factor, backward, arguments.repeats))
                 print(rows[-1], flush=True)
-    machine = {"cpu": _cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "torch": torch.__version__}
     command = " ".join(["python", *sys.argv])
     write_json(
         arguments.out, {"date": str(datetime.date.today()), "machine": machine, "command": command, "rows": rows}
@@ -82,13 +82,6 @@ def compare(dtype: torch.dtype, factor: float, backward: bool, repeats: int) -> 
         "dense_ms": round(statistics.median(dense_times) * 1e3, 2),
         "ratio": round(statistics.median(a / b for a, b in zip(moe_times, dense_times, strict=True)), 3),
     }
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from visionmoe.cli.training import train
 from visionmoe.config import to_dict
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import open_source
+from visionmoe.evaluate.timing import device_name
 from visionmoe.files import read_json, write_json
 from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.config import TrainConfig, read_config
@@ -208,8 +209,8 @@ def write_report(arguments: argparse.Namespace, name: str, content: dict[str, An
     options += "" if arguments.split == "test" else f' --split "{arguments.split}"'
     report = {
         "date": str(datetime.date.today()),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                    "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {"cpu": device_name(torch.device("cpu")), "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()},
         "command": f"python benchmarks/claims/{name}.py --data-set {arguments.data_set}{options}",
         "data_set": arguments.data_set,
         "seeds": arguments.seeds,
@@ -220,10 +221,3 @@ def write_report(arguments: argparse.Namespace, name: str, content: dict[str, An
     write_json(path, report)
     print(f"everything: {path}")
     return report
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
