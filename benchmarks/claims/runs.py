@@ -210,7 +210,8 @@ def write_report(arguments: argparse.Namespace, name: str, content: dict[str, An
     report = {
         "date": str(datetime.date.today()),
         "machine": {"cpu": device_name(torch.device("cpu")), "cores": os.cpu_count(),
-                    "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()},
+                    "threads": torch.get_num_threads(), "torch": torch.__version__,
+                    "python": platform.python_version()},
         "command": f"python benchmarks/claims/{name}.py --data-set {arguments.data_set}{options}",
         "data_set": arguments.data_set,
         "seeds": arguments.seeds,
