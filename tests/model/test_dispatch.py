@@ -150,8 +150,9 @@ def test_segments_with_filled_rows_and_fused_gelu_equal_plain(
     with torch.no_grad():
         fused = run_segments(tokens, make_routing(torch.softmax(logits, -1)), low)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    least = max(1.0, size**0.5 / 4)  # a bias's gradient sums `size` rounded terms, which may cancel
     for got, wanted in zip([out, fused, *grads], [expected, expected, *expected_gradients], strict=True):
-        scale = wanted.abs().max().clamp_min(1.0)
+        scale = wanted.abs().max().clamp_min(least)
         torch.testing.assert_close(got.double() / scale, wanted / scale, rtol=0, atol=tolerance)
 
 

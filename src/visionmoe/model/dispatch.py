@@ -11,23 +11,22 @@ from torch import Tensor
 from visionmoe.model.experts import Experts
 from visionmoe.model.inference import infer_segments
 from visionmoe.model.routing import Routing
-from visionmoe.model.segments import SegmentExperts, Segments
+from visionmoe.model.segments import Kept, SegmentExperts, Segments, flat_tokens
 
 
 def run_segments(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Weighted sum of each token's kept experts; 0 for a token with none. (N, D) -> (N, D), N = G*S."""
-    request = routing.kept.view(-1).nonzero().squeeze(1)  # kept ones, of (G*R,)
-    expert = routing.expert_index.reshape(-1)[request]
-    request = request[torch.argsort(expert, stable=True)]
-    counts = torch.bincount(expert, minlength=routing.num_experts).tolist()
-    segments = Segments(flat_tokens(routing)[request], counts)
-    weights = routing.combine_weights.reshape(-1)[request]
+    kept = Kept.of(routing)
+    weights = routing.combine_weights.reshape(-1).index_select(0, kept.request)
     if not torch.is_grad_enabled():
-        return infer_segments(tokens, weights, segments, experts)
+        return infer_segments(tokens, weights, kept, experts)
     for linear in (experts.fc1, experts.fc2):
         linear.packed.release()
+    order = torch.empty_like(kept.request)  # of the requests, sorted by expert
+    order.scatter_(0, kept.positions(kept.counts), torch.arange(len(order), device=order.device))
     parameters = (experts.fc1.weight, experts.fc1.bias, experts.fc2.weight, experts.fc2.bias)
-    return SegmentExperts.apply(tokens, weights, segments, experts.approximate, *parameters)
+    segments = Segments(kept.token[order], kept.counts)
+    return SegmentExperts.apply(tokens, weights[order], segments, experts.approximate, *parameters)
 
 
 def run_buffers(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -38,15 +37,9 @@ def run_buffers(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
     slot = (routing.expert_index * groups + group) * routing.capacity + routing.buffer_index  # (G, R) in (E, G, C)
     slot = torch.where(routing.kept, slot, num_slots).view(-1)  # dropped requests meet in one place behind the end
     empty = torch.full((num_slots + 1,), len(tokens), dtype=torch.int64, device=tokens.device)
-    token = empty.scatter(0, slot, flat_tokens(routing))[:-1]
+    token = empty.scatter(0, slot, flat_tokens(routing).view(-1))[:-1]
     weights = routing.combine_weights.new_zeros(num_slots + 1).scatter(0, slot, routing.combine_weights.reshape(-1))
     padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])  # row N: what an empty place holds
     rows = experts(padded.index_select(0, token).view(routing.num_experts, -1, tokens.shape[1]))
     weighted = rows.flatten(0, 1) * weights[:-1, None].to(rows.dtype)
     return weighted.new_zeros(len(padded), tokens.shape[1]).index_add(0, token, weighted)[:-1]
-
-
-def flat_tokens(routing: Routing) -> Tensor:
-    """Each request's token in the whole batch. (G, R) -> (G*R,) with values below G*S."""
-    group = torch.arange(routing.token_index.shape[0], device=routing.token_index.device)[:, None]
-    return (routing.token_index + group * routing.num_tokens).view(-1)

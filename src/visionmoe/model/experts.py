@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionmoe.model.inference import PackedWeights
+from visionmoe.model.packed import PackedWeights
 
 
 class ExpertLinear(nn.Module):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from visionmoe.config import ModelConfig
 from visionmoe.model.moe import MoE, SoftMoE
+from visionmoe.model.packed import Linear
 
 
 class Attention(nn.Module):
@@ -16,9 +17,9 @@ class Attention(nn.Module):
         dim = config.hidden_size
         self.num_heads = config.num_heads
         self.dropout_rate = config.attention_dropout_rate
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm, self.k_norm = qk_norms(config)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def reset_parameters(self) -> None:
         for weight in self.qkv.weight.chunk(3):
@@ -42,8 +43,8 @@ class Mlp(nn.Module):
     def __init__(self, hidden_size: int, mlp_dim: int, dropout_rate: float = 0.0, *, approximate: str = "tanh") -> None:
         super().__init__()
         self.approximate = approximate
-        self.fc1 = nn.Linear(hidden_size, mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, hidden_size)
+        self.fc1 = Linear(hidden_size, mlp_dim)
+        self.fc2 = Linear(mlp_dim, hidden_size)
         self.dropout = nn.Dropout(dropout_rate)
 
     def reset_parameters(self) -> None:
@@ -52,7 +53,7 @@ class Mlp(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x), approximate=self.approximate))))
+        return self.dropout(self.fc2(self.dropout(self.fc1(x, gelu=self.approximate))))
 
 
 class AttentionPool(nn.Module):
@@ -63,10 +64,10 @@ class AttentionPool(nn.Module):
         dim = config.hidden_size
         self.num_heads = config.num_heads
         self.latent = nn.Parameter(torch.empty(1, 1, dim))
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
         self.q_norm, self.k_norm = qk_norms(config)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.mlp = Mlp(dim, config.mlp_dim, approximate=config.gelu_approximate)
 

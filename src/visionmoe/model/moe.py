@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from visionmoe.config import MoEConfig, RoutingSetting
 from visionmoe.model.dispatch import run_buffers, run_segments
 from visionmoe.model.experts import Experts
+from visionmoe.model.packed import autocast
 from visionmoe.model.router import Router
 from visionmoe.model.soft import SoftRouter
 
@@ -48,7 +49,7 @@ class MoE(nn.Module):
         """x: (B, T, D), with an ensemble (B*M, T, D), copies of an image adjacent."""
         groups = to_groups(x, self.config)
         routing, auxiliary_loss, metrics = self.router(groups, self.setting)
-        tokens = _autocast(groups.flatten(0, 1))
+        tokens = autocast(groups.flatten(0, 1))  # once, before the gather, not for every expert
         run = run_segments if self._use_segments(x) else run_buffers
         out = run(tokens, routing, self.experts)
         return MoEOutput(from_groups(out, x.shape[1], self.config.ensemble_size), auxiliary_loss, metrics)
@@ -82,7 +83,7 @@ class SoftMoE(nn.Module):
         """x: (B, T, D)."""
         groups = to_groups(x, self.config)
         dispatch, combine, metrics = self.router(groups)
-        tokens = _autocast(groups)
+        tokens = autocast(groups)
         slots = torch.einsum("gsep,gsd->egpd", dispatch.to(tokens.dtype), tokens)
         out = self.experts(slots.flatten(1, 2))  # (E, G, P, D) -> (E, G*P, D)
         out = torch.einsum("gsep,egpd->gsd", combine.to(out.dtype), out.view_as(slots))
@@ -119,9 +120,3 @@ def from_groups(x: Tensor, tokens: int, members: int) -> Tensor:
     if members > 1:
         x = x.view(-1, tokens, members, x.shape[-1]).transpose(1, 2)
     return x.reshape(-1, tokens, x.shape[-1])
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Casts once, before the gather, what the experts' matrix products would cast for every expert."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -218,7 +218,12 @@ def _places(expert_index: Tensor, num_experts: int) -> Tensor:
 
 def importance_loss(logits: Tensor) -> Tensor:
     """Squared coefficient of variation of the experts' summed probabilities (appendix A.2). (G, S, E) -> (G,)."""
-    return _squared_variation(torch.softmax(logits, dim=-1).sum(dim=1))
+    return importance_loss_of(torch.softmax(logits, dim=-1))
+
+
+def importance_loss_of(probs: Tensor) -> Tensor:
+    """`importance_loss` of noise-free probabilities that are there already. (G, S, E) -> (G,)."""
+    return _squared_variation(probs.sum(dim=1))
 
 
 def load_loss(logits: Tensor, noisy_logits: Tensor, noise_std: float, k: int) -> Tensor:

@@ -7,18 +7,61 @@ On a CPU in bfloat16, oneDNN builds a kernel for every new number of rows, which
 are therefore filled up to a multiple of ROWS; what the fillers yield is cut off.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionmoe.model.routing import Routing
+
 ROWS = 16
 
 
+class Kept(NamedTuple):
+    """Kept requests in the order of a Routing (G groups of S tokens).
+
+    request: (R,) which of the G*R requests; token: (R,) below G*S; expert: (R,); place: (R,) counts the requests of an
+    expert from 0, group by group; counts: E ints, requests per expert.
+    """
+
+    request: Tensor
+    token: Tensor
+    expert: Tensor
+    place: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, routing: Routing) -> "Kept":
+        """Waits for the device: the host must know the counts."""
+        groups = len(routing.token_index)
+        request = routing.kept.view(-1).nonzero().squeeze(1)
+        expert, place = (
+            index.reshape(-1).index_select(0, request) for index in (routing.expert_index, routing.buffer_index)
+        )
+        token = flat_tokens(routing).view(-1).index_select(0, request)
+        run = expert * groups + request // routing.token_index.shape[1] if groups > 1 else expert  # of (E, G)
+        counts = torch.bincount(run, minlength=routing.num_experts * groups).view(-1, groups)  # (E, G)
+        if groups > 1:  # buffers are filled from place 0 on
+            place = place + (counts.cumsum(1) - counts).view(-1).index_select(0, run)
+        return cls(request, token, expert, place, counts.sum(dim=1).tolist())
+
+    def positions(self, sizes: Sequence[int]) -> Tensor:
+        """(R,) the row of each request where expert e has sizes[e] rows, one expert's behind the other's."""
+        starts = torch.tensor([0, *itertools.accumulate(sizes[:-1])], device=self.expert.device)
+        return starts.index_select(0, self.expert) + self.place
+
+
+def flat_tokens(routing: Routing) -> Tensor:
+    """Each request's token in the whole batch. (G, R) -> (G, R) with values below G*S."""
+    group = torch.arange(len(routing.token_index), device=routing.token_index.device)[:, None]
+    return routing.token_index + group * routing.num_tokens
+
+
 class Segments(NamedTuple):
-    """Kept requests sorted by expert: token (R,), their place among the tokens; counts (E,), requests per expert."""
+    """Kept requests sorted by expert: token (R,), which of the tokens; counts, requests per expert."""
 
     token: Tensor
     counts: list[int]
@@ -87,14 +130,10 @@ class SegmentExperts(torch.autograd.Function):
         return grad_tokens, grad_weights, None, None, *grads
 
 
-def filled(token: Tensor) -> Tensor:
-    """Token indices (R,), with token 0 behind them up to a multiple of ROWS."""
-    return F.pad(token, (0, -len(token) % ROWS))
-
-
 def _filled(token: Tensor, tokens: Tensor) -> Tensor:
-    """The same, where oneDNN makes the products."""
-    return filled(token) if tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16 else token
+    """Token indices (R,), with token 0 behind them up to a multiple of ROWS where oneDNN makes the products."""
+    fills = tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16
+    return F.pad(token, (0, -len(token) % ROWS)) if fills else token
 
 
 def _of_expert(parameters: Any, expert: int, dtype: torch.dtype) -> list[Tensor]:

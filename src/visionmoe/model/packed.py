@@ -1,0 +1,143 @@
+"""oneDNN's linear layer on a CPU: GELU inside the product, and weights that are laid out for it once.
+
+oneDNN multiplies by weights in a layout of its own. It would bring them into it on every call, which costs as much as
+the product of a few hundred rows; `PackedWeights` keeps them instead. decisions/0012 has the measurements.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
+
+FUSED_PRODUCT = 1 << 27  # multiply-adds of a float32 product from which on a new kernel's making does not matter
+PACKED_SIZE = 1 << 18  # values of a float32 weight from which on packing pays where MKL is slow
+MAX_PACKED_BYTES = 512 << 20  # of one stack of weights: larger ones are not held twice
+_SAMPLES_PER_EXPERT = 16
+_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_PACK: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+    """x @ weight.T + bias, with GELU behind it where its form is given ("tanh" or "none"). (..., in) -> (..., out).
+
+    No gradients. weight is plain, or packed by `PackedWeights` for the dtype of x.
+    """
+    if weight.is_mkldnn or uses_onednn(x, weight, x.numel() // x.shape[-1], gelu is not None):
+        weight = weight if weight.is_mkldnn else weight.to(x.dtype)
+        return _LINEAR(x, weight, bias, *(("none", [], "") if gelu is None else ("gelu", [], gelu)))
+    out = F.linear(x, weight.to(x.dtype), bias)
+    return out if gelu is None else F.gelu(out, approximate=gelu)
+
+
+def uses_onednn(x: Tensor, weight: Tensor, rows: int, gelu: bool) -> bool:
+    """Whether oneDNN's product is there for this device and dtype and pays for `rows` times `weight` (..., out, in).
+
+    In bfloat16 always. In float32 MKL makes products as fast, but not GELU inside them; but for other makers' CPUs
+    than Intel's MKL has no AVX-512 code, there oneDNN makes them all.
+    """
+    if x.device.type != "cpu" or not available():
+        return False
+    if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter):  # fake, sharded or wrapped
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    large = rows * weight.shape[-1] * weight.shape[-2] >= FUSED_PRODUCT
+    return x.dtype == torch.float32 and large and (gelu or mkl_is_slow())
+
+
+def available() -> bool:
+    return _LINEAR is not None and bool(torch.backends.mkldnn.enabled) and not torch.jit.is_tracing()
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether this is an x86 CPU of another maker than Intel: MKL takes its AVX2 code there."""
+    try:
+        return torch.backends.mkl.is_available() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+class PackedWeights:
+    """Every expert's weight as the products want it: packed for oneDNN where that pays, else as it is.
+
+    Packed weights are made at first use, and again when the parameter has changed: by its address, its version (every
+    in-place operation counts it up) and some of its values, which sees what changes all of it through `.data`. Who
+    changes single values through `.data` calls `release` afterwards. Copies of a model start without packed weights,
+    and training releases them.
+    """
+
+    def __init__(self) -> None:
+        self._origin: tuple[int, int, torch.dtype] | None = None
+        self._sample = torch.empty(0)
+        self._packed: list[Tensor] = []
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self._origin, self._packed = None, []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeights, ()
+
+    def of(self, weight: Tensor, x: Tensor) -> Sequence[Tensor]:
+        """weight (E, out, in) of any dtype -> E weights, packed in the dtype of x, or as they are."""
+        if not self._packs(weight, x):
+            return weight.unbind()
+        origin, packed = (weight.data_ptr(), weight._version, x.dtype), self._packed
+        if self._origin != origin or not torch.equal(self._sample, _sample(weight)):
+            packed = [_PACK(part.detach().to(x.dtype), None) for part in weight]
+            self._origin, self._sample, self._packed = origin, _sample(weight).clone(), packed
+        return packed
+
+    def _packs(self, weight: Tensor, x: Tensor) -> bool:
+        size = weight.numel() * x.element_size()
+        if _PACK is None or size > MAX_PACKED_BYTES or not weight.is_contiguous() or weight.is_inference():
+            return False
+        if x.dtype == torch.float32:
+            return mkl_is_slow() and weight[0].numel() >= PACKED_SIZE and uses_onednn(x, weight, FUSED_PRODUCT, False)
+        return x.dtype == torch.bfloat16 and uses_onednn(x, weight, 1, False)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().view(-1)
+    step = max(1, len(flat) // (_SAMPLES_PER_EXPERT * len(weight))) | 1  # odd: not the same column in every row
+    return flat[::step]
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear that can hold GELU; without gradients on a CPU by oneDNN with packed weights where that pays."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.packed = PackedWeights()
+
+    def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
+        """(..., in) -> (..., out), behind GELU where its form is given, "tanh" or "none"."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            self.packed.release()
+            out = super().forward(x)
+            return out if gelu is None else F.gelu(out, approximate=gelu)
+        x = autocast(x)
+        return linear(x, self.packed.of(self.weight[None], x)[0], self.bias.to(x.dtype), gelu)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Casts as autocast, where it is on, would cast for a matrix product."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _linear_flop(x_shape: Sequence[int], weight_shape: Sequence[int], *rest: Any, **options: Any) -> int:
+    rows = 1
+    for size in x_shape[:-1]:
+        rows *= size
+    return mm_flop((rows, x_shape[-1]), (weight_shape[1], weight_shape[0]))
+
+
+if _LINEAR is not None and _LINEAR not in flop_registry:
+    register_flop_formula(_LINEAR)(_linear_flop)  # so that torch's FlopCounterMode sees these products
