@@ -11,6 +11,7 @@ from visionmoe.checkpoint.mapping import compare, complain, our_shapes
 from visionmoe.checkpoint.resize import resize_pos_embed
 from visionmoe.checkpoint.sources import Source, open_source
 from visionmoe.config import ModelConfig
+from visionmoe.model.pretrained import empty_tensor
 from visionmoe.model.vit import VisionTransformer
 
 
@@ -42,7 +43,7 @@ def load(
     model.class_names = None if "head" in fresh else source.class_names
     if (final.image_hw, final.in_channels) == (source.config.image_hw, source.config.in_channels):
         model.preprocessing = source.preprocessing
-    state = {name: torch.empty(t.shape, dtype=torch.float32) for name, t in model.state_dict().items()}
+    state = {name: empty_tensor(t.shape) for name, t in model.state_dict().items()}
     _fill(state, source, final, fresh)
     model.load_state_dict(state, assign=True)
     return model.eval()

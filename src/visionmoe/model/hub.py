@@ -26,6 +26,7 @@ from visionmoe.model.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Preprocessing,
+    empty_tensor,
     open_pretrained_weights,
     read_pretrained_config,
     write_pretrained,
@@ -145,7 +146,7 @@ class HubModel(
             model: Any = cls(stored.model)
         model.class_names = stored.class_names
         model.preprocessing = stored.preprocessing or model.preprocessing
-        state: dict[str, Tensor] = {n: torch.empty(t.shape) for n, t in model.state_dict().items()}
+        state: dict[str, Tensor] = {n: empty_tensor(t.shape) for n, t in model.state_dict().items()}
         if weights.shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
             raise ValueError(f"{weights.path} does not fit the config.json beside it")
         weights.read_into(state)
