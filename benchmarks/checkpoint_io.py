@@ -48,9 +48,7 @@ def main() -> None:
         results = measure(Path(folder), arguments)
     machine = {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "torch": torch.__version__}
     command = " ".join(["python", *sys.argv])
-    write_json(
-        arguments.out, {"date": str(datetime.date.today()), "machine": machine, "command": command, **results}
-    )
+    write_json(arguments.out, {"date": str(datetime.date.today()), "machine": machine, "command": command, **results})
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict:
