@@ -182,7 +182,7 @@ def read_pretrained_state(directory: str | os.PathLike) -> dict[str, Tensor]:
 def empty_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """As `torch.empty`, in memory that numpy takes: it asks for large pages, which halves the time of filling it."""
     size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(*shape)
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(tuple(shape))
 
 
 def _read_bytes(stream: BinaryIO, target: Tensor, path: Path) -> None:
