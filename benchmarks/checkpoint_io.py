@@ -111,7 +111,7 @@ def peak_in_a_process(where: list[str]) -> float:
 def peak_of_loading(path: str, config: str | None = None) -> float:
     """Memory at its highest while loading, above what it was before, in sizes of the model. Linux."""
     with tempfile.TemporaryDirectory() as folder:  # everything is imported and warm
-        vm.create_model("vit_ti16", num_layers=1).save_pretrained(folder)
+        vm.create_model("vit_b32", num_layers=1).save_pretrained(folder)
         vm.load(folder)
     before = memory("VmRSS")
     model = vm.load(path, config)

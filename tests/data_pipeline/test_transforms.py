@@ -95,6 +95,8 @@ def test_scaling_for_the_model(shape: tuple[int, ...], cache: int, monkeypatch: 
     assert scaled.dtype == torch.float32 and scaled.is_contiguous()
     np.testing.assert_array_equal(scaled.numpy(), expected)
     np.testing.assert_array_equal(to_model(images[..., ::-1, :]).numpy(), expected[..., ::-1])
+    images.flags.writeable = False  # as what Pillow decodes
+    np.testing.assert_array_equal(to_model(images).numpy(), expected)
 
 
 def test_centre_crop_refuses_smaller_images() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 F32 = np.float32
-_CACHE_BYTES = 1 << 20
+_CACHE_BYTES = 1 << 20  # of images: what is worked on stays in the processor's cache
+_ROWS = 32  # of a resized image, for the same reason
 
 
 def resize_bilinear(image: np.ndarray, height: int, width: int, *, mirrored: bool = False) -> np.ndarray:
@@ -35,15 +36,21 @@ def resize_bilinear(image: np.ndarray, height: int, width: int, *, mirrored: boo
         return b
 
     image = image.reshape(len(image), -1)
-    if len(image) < 2 * height:  # cheaper, because rows are shared
-        rows = across(image)
-        upper, lower = rows.take(top, axis=0), rows.take(bottom, axis=0)
-    else:
-        upper, lower = across(image.take(top, axis=0)), across(image.take(bottom, axis=0))
-    lower -= upper
-    lower *= y
-    lower += upper
-    return lower.astype(np.uint8).reshape(height, width, channels)
+    result = np.empty((height, width * channels), np.uint8)
+    for start in range(0, height, _ROWS):
+        part = slice(start, start + _ROWS)
+        above, below = top[part], bottom[part]
+        first, end = above[0], below[-1] + 1
+        if end - first < 2 * len(above):  # cheaper, because rows are shared
+            rows = across(image[first:end])
+            upper, lower = rows.take(above - first, axis=0), rows.take(below - first, axis=0)
+        else:
+            upper, lower = across(image.take(above, axis=0)), across(image.take(below, axis=0))
+        lower -= upper
+        lower *= y[part]
+        lower += upper
+        result[part] = lower
+    return result.reshape(height, width, channels)
 
 
 def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -84,17 +91,17 @@ def evaluation_pixels(image: np.ndarray, image_hw: tuple[int, int], smaller_size
 
 def to_model(images: np.ndarray) -> Tensor:
     """Pixels (..., H, W, C) in 0 .. 255 -> float32 (..., C, H, W) in [-1, 1]."""
-    pixels = np.moveaxis(images, -1, -3)
-    result = torch.from_numpy(np.empty(pixels.shape, F32))  # numpy asks for large pages, which are filled faster
+    *batch, height, width, channels = images.shape
+    # numpy asks for large pages of memory, which are filled faster
+    result = torch.from_numpy(np.empty((*batch, channels, height, width), F32))
     if not result.numel():
         return result
-    # A few images at a time, so that they stay in the processor's cache from the first operation to the last.
-    each = result.view(-1, *pixels.shape[-3:])
+    each = result.view(-1, channels, height, width)
+    pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).view(-1, height, width, channels)
+    pixels = pixels.movedim(-1, 1)  # (N, H, W, C) -> (N, C, H, W)
     count = max(1, _CACHE_BYTES // each[0].nbytes)
-    flat = pixels.reshape(each.shape)
-    for start in range(0, len(each), count):
-        part = torch.from_numpy(np.ascontiguousarray(flat[start : start + count]))
-        each[start : start + count].copy_(part).div_(255).mul_(2).sub_(1)
+    for to, given in zip(each.split(count), pixels.split(count), strict=True):
+        to.copy_(given).div_(255).mul_(2).sub_(1)
     return result
 
 

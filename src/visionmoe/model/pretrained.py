@@ -187,7 +187,7 @@ def empty_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Te
 
 def _read_bytes(stream: BinaryIO, target: Tensor, path: Path) -> None:
     """Fills target, uint8 (N,)."""
-    view = memoryview(target.numpy())
+    view = target.numpy().data
     while view:
         done = stream.readinto(view)  # type: ignore[attr-defined]
         if not done:
