@@ -17,7 +17,13 @@ from visionmoe.checkpoint import params_from_vmoe, params_to_vmoe, read_vmoe, re
 from visionmoe.checkpoint.mapping import our_shapes, tensors_to_vmoe
 from visionmoe.checkpoint.registry import PUBLISHED, PublishedCheckpoint
 from visionmoe.config import to_dict
-from visionmoe.model.pretrained import Preprocessing, read_pretrained_config, read_pretrained_state, write_pretrained
+from visionmoe.model.pretrained import (
+    Preprocessing,
+    open_pretrained_weights,
+    read_pretrained_config,
+    read_pretrained_state,
+    write_pretrained,
+)
 
 SMALL = vm.ModelConfig(
     image_size=32, patch_size=8, num_classes=5, hidden_size=16, num_layers=2, mlp_dim=24, num_heads=2, head_bias_init=-3
@@ -360,6 +366,17 @@ def test_broken_directories_are_one_error_that_names_the_file(directory):
         with pytest.raises(ValueError, match=message) as caught:
             vm.load(directory)
         assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_is_cut_while_it_is_read(directory, dtype):
+    """Threads read it; what one of them finds is the error of the whole."""
+    weights = open_pretrained_weights(directory)
+    with open(weights.path, "r+b") as stream:
+        stream.truncate(weights.path.stat().st_size - 4)
+    state = {name: torch.empty(shape, dtype=dtype) for name, shape in weights.shapes.items()}
+    with pytest.raises(ValueError, match=r"model\.safetensors ends too early"):
+        weights.read_into(state)
 
 
 def test_an_interrupted_save_leaves_the_old_model(model, directory, monkeypatch):

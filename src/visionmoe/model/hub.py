@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self, cast
 
-import torch
 from huggingface_hub import (
     _CACHED_NO_EXIST,
     HfApi,
@@ -31,6 +30,7 @@ from visionmoe.model.pretrained import (
     read_pretrained_config,
     write_pretrained,
 )
+from visionmoe.model.skeleton import skeleton
 
 CARD_NAME = "README.md"
 # Of the HTTP library that huggingface_hub uses, which is another one in other versions.
@@ -142,8 +142,7 @@ class HubModel(
     def _of_folder(cls, folder: Path) -> Self:
         stored = read_pretrained_config(folder)
         weights = open_pretrained_weights(folder)
-        with torch.device("meta"):
-            model: Any = cls(stored.model)
+        model: Any = skeleton(cls, stored.model)
         model.class_names = stored.class_names
         model.preprocessing = stored.preprocessing or model.preprocessing
         state: dict[str, Tensor] = {n: empty_tensor(t.shape) for n, t in model.state_dict().items()}

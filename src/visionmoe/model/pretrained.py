@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -20,6 +21,7 @@ from visionmoe.files import atomic_write, read_json
 
 FORMAT = "visionmoe-1"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+_READERS = 4  # threads: filling new memory keeps a core as busy as copying from the file's cache does
 _READ_BYTES = 1 << 20  # converted at once: small enough to stay in the processor's cache
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -90,20 +92,23 @@ class PretrainedWeights:
 
     def read_into(self, state: Mapping[str, Tensor]) -> None:
         """Fills tensors (contiguous, on the CPU, of the stored shapes) that the file has; dtypes are converted."""
-        buffer = torch.empty(_READ_BYTES, dtype=torch.uint8)
+        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(self._read_one, state, state.values()):
+                pass  # which raises what went wrong
+
+    def _read_one(self, name: str, target: Tensor) -> None:
+        stored = self.tensors[name]
+        flat = target.detach().view(-1)
         with open(self.path, "rb", buffering=0) as stream:
-            for name, target in state.items():
-                stored = self.tensors[name]
-                stream.seek(stored.offset)
-                flat = target.detach().view(-1)
-                if target.dtype == stored.dtype:
-                    _read_bytes(stream, flat.view(torch.uint8), self.path)
-                    continue
-                values = buffer.view(stored.dtype)
-                for part in flat.split(len(values)):
-                    given = values[: len(part)]
-                    _read_bytes(stream, given.view(torch.uint8), self.path)
-                    part.copy_(given)
+            stream.seek(stored.offset)
+            if target.dtype == stored.dtype:
+                _read_bytes(stream, flat.view(torch.uint8), self.path)
+                return
+            values = torch.empty(min(len(flat), _READ_BYTES // stored.dtype.itemsize), dtype=stored.dtype)
+            for part in flat.split(max(1, len(values))):
+                given = values[: len(part)]
+                _read_bytes(stream, given.view(torch.uint8), self.path)
+                part.copy_(given)
 
 
 def write_pretrained(
