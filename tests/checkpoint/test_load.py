@@ -13,11 +13,17 @@ import pytest
 import torch
 
 import visionmoe as vm
-from visionmoe.checkpoint import params_to_vmoe, read_vmoe, resize_pos_embed, write_vmoe
+from visionmoe.checkpoint import params_from_vmoe, params_to_vmoe, read_vmoe, resize_pos_embed, write_vmoe
 from visionmoe.checkpoint.mapping import our_shapes, tensors_to_vmoe
 from visionmoe.checkpoint.registry import PUBLISHED, PublishedCheckpoint
 from visionmoe.config import to_dict
-from visionmoe.model.pretrained import Preprocessing, read_pretrained_config, read_pretrained_state, write_pretrained
+from visionmoe.model.pretrained import (
+    Preprocessing,
+    open_pretrained_weights,
+    read_pretrained_config,
+    read_pretrained_state,
+    write_pretrained,
+)
 
 SMALL = vm.ModelConfig(
     image_size=32, patch_size=8, num_classes=5, hidden_size=16, num_layers=2, mlp_dim=24, num_heads=2, head_bias_init=-3
@@ -109,6 +115,73 @@ def test_dtypes_of_a_directory_are_kept_in_it_and_become_float32(model, tmp_path
     stored = read_pretrained_state(tmp_path)
     assert all(torch.equal(stored[n], t) and stored[n].dtype == t.dtype for n, t in half.items())
     assert_same_state(vm.load(tmp_path), {n: t.float() for n, t in half.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_conversion_in_parts(model, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("visionmoe.model.pretrained._READ_BYTES", 64)  # 8 values of float64, 32 of bfloat16
+    stored = {n: t.to(dtype) for n, t in model.state_dict().items()}
+    write_pretrained(tmp_path, SMALL, stored)
+    assert_same_state(vm.load(tmp_path), {n: t.float() for n, t in stored.items()})
+
+
+@pytest.mark.parametrize("size", [1, 64, 1000])
+def test_translation_in_parts(model, prefix, monkeypatch, size):
+    """A part may be less than one row (24 * 4 bytes of an expert), some rows, or most of an array."""
+    monkeypatch.setattr("visionmoe.checkpoint.mapping._COPY_BYTES", size)
+    monkeypatch.setattr("visionmoe.checkpoint.vmoe_format._BLOCK_BYTES", max(size, 4))
+    state = params_from_vmoe(read_vmoe(prefix), SMALL)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert_same_state(vm.load(prefix, SMALL), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pos_embed": "sincos2d"},
+        {"pooling": "map"},
+        {"pooling": "gap", "attention_qk_norm": True},
+        {"representation_size": 6},
+        {"ensemble_size": 2},
+        {"router": "soft"},
+        {"router": "expert_choice"},
+        {"layers": ()},
+    ],
+    ids=str,
+)
+def test_nothing_of_a_loaded_model_is_left_from_its_making_without_memory(options, tmp_path):
+    """Parameters, buffers and tensors kept as plain attributes are all real, and what the model computes is equal."""
+    torch.manual_seed(0)
+    model = vm.create_model(SMALL, **options).eval()
+    model.save_pretrained(tmp_path)
+    loaded = vm.load(tmp_path)
+    kept = [value for module in loaded.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    for tensor in (*loaded.parameters(), *loaded.buffers(), *kept):
+        assert tensor.device.type == "cpu"
+    assert {n: tuple(b.shape) for n, b in loaded.named_buffers()} == {
+        n: tuple(b.shape) for n, b in model.named_buffers()
+    }
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, model(images).logits)
+        assert torch.equal(loaded.forward_features(images), model.forward_features(images))
+    again = type(model).from_pretrained(str(tmp_path))
+    assert_same_state(again, model.state_dict())
+
+
+def test_loaded_parameters_train_move_and_resize_as_others_do(directory):
+    """Their memory comes from numpy; nothing that torch does with a parameter may mind."""
+    loaded = vm.load(directory)
+    optimizer = torch.optim.SGD(loaded.parameters(), 0.1)
+    before = {n: p.detach().clone() for n, p in loaded.named_parameters()}
+    loaded.train()(torch.randn(2, 3, 32, 32)).logits.square().sum().backward()
+    optimizer.step()
+    assert any(not torch.equal(before[n], p) for n, p in loaded.named_parameters())
+    weight = loaded.blocks[0].attn.qkv.weight
+    storage = weight.untyped_storage()
+    assert weight.data_ptr() % 16 == 0 and storage.nbytes() == weight.nbytes
+    assert loaded.share_memory() is loaded and weight.is_shared()
+    assert {p.dtype for p in loaded.to(torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 def test_shared_and_strided_tensors_are_saved(model, tmp_path):
@@ -295,6 +368,17 @@ def test_broken_directories_are_one_error_that_names_the_file(directory):
         assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_is_cut_while_it_is_read(directory, dtype):
+    """Threads read it; what one of them finds is the error of the whole."""
+    weights = open_pretrained_weights(directory)
+    with open(weights.path, "r+b") as stream:
+        stream.truncate(weights.path.stat().st_size - 4)
+    state = {name: torch.empty(shape, dtype=dtype) for name, shape in weights.shapes.items()}
+    with pytest.raises(ValueError, match=r"model\.safetensors ends too early"):
+        weights.read_into(state)
+
+
 def test_an_interrupted_save_leaves_the_old_model(model, directory, monkeypatch):
     before = {p.name: p.read_bytes() for p in directory.iterdir()}
 
@@ -351,7 +435,7 @@ print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_peak_memory_of_loading_is_little_more_than_the_model(directory, tmp_path):
-    """A model of 210 MB, as PREFIX with whole expert arrays in one file, and as a directory: at most 1.3 times."""
+    """A model of 210 MB, as PREFIX with whole expert arrays in one file, and as a directory: at most 1.1 times."""
     config = vm.ModelConfig(hidden_size=512, num_layers=2, num_heads=8, mlp_dim=2048, num_classes=10).replace(
         num_experts=24, layers=(1,)
     )
@@ -367,4 +451,4 @@ def test_peak_memory_of_loading_is_little_more_than_the_model(directory, tmp_pat
             command, capture_output=True, text=True, cwd=Path(__file__).parents[2] / "src", timeout=120
         )
         assert done.returncode == 0, done.stderr
-        assert 0.9 < float(done.stdout) < 1.3
+        assert 0.9 < float(done.stdout) < 1.1

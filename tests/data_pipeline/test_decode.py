@@ -102,6 +102,21 @@ def test_truncated_files(kind: str) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}])
+@pytest.mark.parametrize("size", [(64, 48), (37, 23), (1, 5)])
+def test_jpeg_is_what_pillow_decodes(mode: str, channels: int, options: dict, size: tuple[int, int]) -> None:
+    width, height = size
+    rows = np.linspace(0, 6, height)[:, None, None] + np.arange(3)
+    waves = np.sin(rows) * np.cos(np.linspace(0, 9, width))[None, :, None] * 120 + 128
+    data = encoded(Image.fromarray(waves.astype(np.uint8)).convert(mode), "JPEG", quality=90, **options)
+    pixels = decode_image(data, channels)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB"))
+    assert pixels.shape == (height, width, channels) and pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, expected.reshape(pixels.shape))
+
+
 def png_that_declares(width: int, height: int) -> bytes:
     """A PNG whose header declares any size, over a few bytes of data."""
 

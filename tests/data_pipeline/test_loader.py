@@ -18,9 +18,10 @@ from PIL import Image
 
 from visionmoe.config import from_dict, to_dict
 from visionmoe.data import DataConfig, EvalLoader, TrainLoader, open_source
-from visionmoe.data.batches import Batch
+from visionmoe.data.batches import Batch, TrainBatches
 from visionmoe.data.randomness import sample_keys, uniform
 from visionmoe.data.sources import ArraySource, Source
+from visionmoe.data.transforms import inception_crop, resize_bilinear, to_model
 
 # This machine has two cores: torch warns of more workers than that.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -83,6 +84,22 @@ def test_same_bytes_for_any_workers_and_from_any_step(config: DataConfig) -> Non
         found = first(TrainLoader(other, seed=3, start_step=start, source=source), steps - start)
         for (images, labels), (want, want_labels) in zip(found, expected[start:], strict=True):
             assert torch.equal(images, want) and torch.equal(labels, want_labels)
+
+
+def test_random_crops_against_one_image_at_a_time() -> None:
+    """Crop drawn from the image's key, resized, then mirrored where the key's first draw is below a half."""
+    source, config = noise(20), AUGMENTATIONS["inception"]
+    batches = TrainBatches(source, config, 3, 0, 1)
+    images = batches.make(4).images
+    epochs, indices = batches.positions(4)
+    keys = sample_keys(3, epochs, indices)
+    flips = uniform(keys, 0) < 0.5
+    assert 0 < flips.sum() < len(flips)
+    for made, index, key, flip in zip(images, indices, keys, flips, strict=True):
+        whole = source.decode(int(index))
+        top, left, height, width = inception_crop(np.random.default_rng(int(key)), *whole.shape[:2])
+        pixels = resize_bilinear(whole[top : top + height, left : left + width], 10, 10)
+        assert torch.equal(made, to_model(pixels[:, ::-1] if flip else pixels))
 
 
 def test_the_cache_changes_nothing() -> None:

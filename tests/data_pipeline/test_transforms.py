@@ -70,6 +70,35 @@ def test_resizing_any_shape(height: int, width: int, new_height: int, new_width:
     np.testing.assert_allclose(areas.mean((0, 1)), image.mean((0, 1)), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(61, 83, 3), (20, 90, 1), (200, 31, 3), (32, 40, 3)])
+def test_mirrored_resizing_is_the_mirror_image(shape: tuple[int, int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    np.testing.assert_array_equal(
+        resize_bilinear(image, 32, 40, mirrored=True), resize_bilinear(image, 32, 40)[:, ::-1]
+    )
+
+
+def test_resizing_a_part_of_an_image() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)
+    part = image[7:44, 11:53]  # not contiguous
+    np.testing.assert_array_equal(resize_bilinear(part, 32, 24), resize_bilinear(part.copy(), 32, 24))
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (9, 5, 7, 3), (0, 5, 7, 3), (2, 3, 5, 7, 1)])
+@pytest.mark.parametrize("cache", [1, 900, 1 << 20])
+def test_scaling_for_the_model(shape: tuple[int, ...], cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image at a time, two (of 5 * 7 * 3 * 4 = 420 bytes), all at once; the arithmetic rounds after every step."""
+    monkeypatch.setattr("visionmoe.data.transforms._CACHE_BYTES", cache)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    expected = np.moveaxis(images.astype(np.float32) / np.float32(255) * np.float32(2) - np.float32(1), -1, -3)
+    scaled = to_model(images)
+    assert scaled.dtype == torch.float32 and scaled.is_contiguous()
+    np.testing.assert_array_equal(scaled.numpy(), expected)
+    np.testing.assert_array_equal(to_model(images[..., ::-1, :]).numpy(), expected[..., ::-1])
+    images.flags.writeable = False  # as what Pillow decodes
+    np.testing.assert_array_equal(to_model(images).numpy(), expected)
+
+
 def test_centre_crop_refuses_smaller_images() -> None:
     with pytest.raises(ValueError, match="cannot crop 32 x 32 from an image of 30 x 40"):
         centre_crop(np.zeros((30, 40, 3)), 32, 32)
@@ -112,3 +141,6 @@ def test_pad_crop_flip_against_one_image_at_a_time() -> None:
         framed[2:7, 2:9] = image
         expected = framed[top : top + 5, left : left + 7]
         np.testing.assert_array_equal(out, expected[:, ::-1] if flip else expected)
+    unmoved = pad_crop_flip(images, 0, tops * 0, lefts * 0, flips)
+    for image, out, flip in zip(images, unmoved, flips, strict=True):
+        np.testing.assert_array_equal(out, image[:, ::-1] if flip else image)

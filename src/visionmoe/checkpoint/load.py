@@ -11,6 +11,8 @@ from visionmoe.checkpoint.mapping import compare, complain, our_shapes
 from visionmoe.checkpoint.resize import resize_pos_embed
 from visionmoe.checkpoint.sources import Source, open_source
 from visionmoe.config import ModelConfig
+from visionmoe.model.pretrained import empty_tensor
+from visionmoe.model.skeleton import skeleton
 from visionmoe.model.vit import VisionTransformer
 
 
@@ -37,12 +39,11 @@ def load(
     fresh = _fresh(source.config, final, new_head)
     source.check(fresh)
     complain("the checkpoint with these overrides", _misfits(source.config, final, fresh))
-    with torch.device("meta"):
-        model = VisionTransformer(final)
+    model = skeleton(VisionTransformer, final)
     model.class_names = None if "head" in fresh else source.class_names
     if (final.image_hw, final.in_channels) == (source.config.image_hw, source.config.in_channels):
         model.preprocessing = source.preprocessing
-    state = {name: torch.empty(t.shape, dtype=torch.float32) for name, t in model.state_dict().items()}
+    state = {name: empty_tensor(t.shape) for name, t in model.state_dict().items()}
     _fill(state, source, final, fresh)
     model.load_state_dict(state, assign=True)
     return model.eval()

@@ -16,8 +16,10 @@ from visionmoe.checkpoint.errors import printable
 from visionmoe.checkpoint.names import axis_sizes, rules
 from visionmoe.checkpoint.vmoe_format import Block
 from visionmoe.config import ModelConfig
+from visionmoe.model.pretrained import empty_tensor
 
 _SHOWN = 4  # names in an error
+_COPY_BYTES = 1 << 20
 
 
 def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -70,9 +72,9 @@ def params_from_vmoe(
     for name, shape in our_shapes(config).items():
         if name.split(".")[0] not in left_out:
             dtypes = [arrays[r.reference_name].dtype for r in rules(config) if r.our_name == name]
-            state[name] = torch.empty(shape, dtype=max(dtypes, key=lambda dtype: dtype.itemsize))
+            state[name] = empty_tensor(shape, max(dtypes, key=lambda dtype: dtype.itemsize))
     for name, view in reference_views(state, config).items():
-        view.copy_(arrays[name].reshape(view.shape))
+        _copy(view, arrays[name].reshape(view.shape))
     return state
 
 
@@ -151,6 +153,16 @@ def place(blocks: Iterable[Block], views: Mapping[str, Tensor], bfloat16: Iterab
         if block.name in halves:
             array = array.view(torch.bfloat16)
         view[block.index].copy_(array)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """target.copy_(source) part by part along the first axes: what is transposed stays in the processor's cache."""
+    if source.nbytes <= _COPY_BYTES or not source.ndim:
+        target.copy_(source)
+        return
+    rows = _COPY_BYTES * len(source) // source.nbytes
+    for to, given in zip(target.split(rows) if rows else target, source.split(rows) if rows else source, strict=True):
+        _copy(to, given)
 
 
 def _tensor(array: np.ndarray | Tensor) -> Tensor:

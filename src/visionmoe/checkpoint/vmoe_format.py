@@ -18,7 +18,7 @@ from visionmoe.checkpoint.vmoe_write import write_vmoe
 
 __all__ = ["Block", "VmoeReader", "read_vmoe", "upcast_bfloat16", "write_vmoe"]
 
-_BLOCK_BYTES = 8 << 20  # read at once
+_BLOCK_BYTES = 1 << 20  # read at once: what is copied out of it, often transposed, is still in the processor's cache
 
 
 @dataclass(frozen=True)

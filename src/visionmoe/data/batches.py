@@ -112,8 +112,17 @@ class TrainBatches(Batches):
         known = set(self.broken)
         epochs, indices = self.positions(number)
         keys = sample_keys(self.seed, epochs, indices)
-        used, pixels = self._resized(indices) if self._cache else self._cropped(indices, keys)
-        pixels = self._augmented(pixels, keys)
+        flips = (uniform(keys, _FLIP) < 0.5) & self.config.flip
+        if self._cache:
+            used, pixels = self._resized(indices)
+            pixels = self._shifted(pixels, keys, flips)
+        elif self.config.crop == "inception":
+            used, pixels = self._cropped(indices, keys, flips)  # mirroring costs nothing while resizing
+        else:
+            used, pixels = self._cropped(indices, keys, np.zeros_like(flips))
+            pixels = self._shifted(pixels, keys, flips)
+        if self.config.randaugment_ops:
+            pixels = self._augmented(pixels, keys)
         broken = tuple((index, reason) for index, reason in self.broken.items() if index not in known)
         labels = torch.from_numpy(self.source.labels[used])
         return Batch(to_model(pixels), labels, torch.from_numpy(used), broken)
@@ -146,14 +155,14 @@ class TrainBatches(Batches):
             wrong[wrong] = ~self.cached(used[wrong], self._resize)
         raise TooManyBrokenError(f"all {len(self.source)} images are broken")
 
-    def _cropped(self, indices: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `_resized`, image by image: for random crops, or more images than are kept."""
+    def _cropped(self, indices: np.ndarray, keys: np.ndarray, flips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `_resized`, image by image, some mirrored: for random crops, or more images than are kept."""
         used = indices.copy()
         pixels = np.empty((len(indices), *self.config.image_hw, self.config.in_channels), np.uint8)
-        for place, key in enumerate(keys):
+        for place, (key, flip) in enumerate(zip(keys.tolist(), flips.tolist(), strict=True)):
             for _ in range(len(self.source)):
                 try:
-                    pixels[place] = self._resize(self.decode(int(used[place])), int(key))
+                    pixels[place] = self._resize(self.decode(int(used[place])), key, flip)
                     break
                 except BrokenImageError as error:
                     self.report(int(used[place]), str(error))
@@ -162,23 +171,22 @@ class TrainBatches(Batches):
                 raise TooManyBrokenError(f"all {len(self.source)} images are broken")
         return used, pixels
 
-    def _resize(self, image: np.ndarray, key: int = 0) -> np.ndarray:
+    def _resize(self, image: np.ndarray, key: int = 0, mirrored: bool = False) -> np.ndarray:
         if self.config.crop == "inception":
             rng = np.random.default_rng(key)
             top, left, height, width = inception_crop(rng, image.shape[0], image.shape[1], self.config.crop_area_min)
             image = image[top : top + height, left : left + width]
-        return resize_bilinear(image, *self.config.image_hw)
+        return resize_bilinear(image, *self.config.image_hw, mirrored=mirrored)
 
-    def _augmented(self, pixels: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        config = self.config
-        padding = config.crop_padding if config.crop == "pad" else 0
+    def _shifted(self, pixels: np.ndarray, keys: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        padding = self.config.crop_padding if self.config.crop == "pad" else 0
         places = 2 * padding + 1
         tops = (uniform(keys, _TOP) * places).astype(np.int64)
         lefts = (uniform(keys, _LEFT) * places).astype(np.int64)
-        flips = (uniform(keys, _FLIP) < 0.5) & config.flip
-        pixels = pad_crop_flip(pixels, padding, tops, lefts, flips)
-        if not config.randaugment_ops:
-            return pixels
+        return pad_crop_flip(pixels, padding, tops, lefts, flips)
+
+    def _augmented(self, pixels: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        config = self.config
         # A second stream per image, so that the crop does not change with the operations.
         rngs = (np.random.default_rng([int(key), 1]) for key in keys)
         images = torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, 1)  # (B, H, W, C) -> (B, C, H, W)

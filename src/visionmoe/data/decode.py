@@ -5,7 +5,9 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.io import decode_jpeg
 
 from visionmoe.data.config import MAX_PIXELS
 
@@ -33,7 +35,8 @@ def decode_image(data: bytes | np.ndarray | Image.Image, channels: int = 3, max_
             image = data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 raise BrokenImageError(f"declares {image.width} x {image.height} pixels, more than {max_pixels}")
-            return _from_pillow(image, channels)
+            pixels = _from_jpeg(data, image, channels) if isinstance(data, bytes) else None
+            return _from_pillow(image, channels) if pixels is None else pixels
     except (BrokenImageError, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -52,11 +55,26 @@ def read_image(path: str | Path, channels: int = 3, max_pixels: int = MAX_PIXELS
         raise BrokenImageError(f"{path}: {error}") from None
 
 
+def _from_jpeg(data: bytes, image: Image.Image, channels: int) -> np.ndarray | None:
+    """What Pillow would make of a JPEG whose colours need no conversion, without Pillow's copies of all pixels.
+
+    Both decode with libjpeg. None for everything else, and for what is broken: Pillow knows better what is wrong.
+    """
+    if image.format != "JPEG" or image.mode != ("L" if channels == 1 else "RGB"):
+        return None
+    try:
+        decoded = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except RuntimeError:
+        return None
+    return decoded.permute(1, 2, 0).numpy()  # it lies as (H, W, C) already
+
+
 def _from_pillow(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits per pixel, in Pillow's modes I;16 and, from some formats, I
         upper = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         return _from_array(upper.astype(np.uint8), channels)
-    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    mode = "L" if channels == 1 else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 

@@ -8,32 +8,49 @@ import torch
 from torch import Tensor
 
 F32 = np.float32
+_CACHE_BYTES = 1 << 20  # of images: what is worked on stays in the processor's cache
+_ROWS = 32  # of a resized image, for the same reason
 
 
-def resize_bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 (H, W, C) -> uint8 (height, width, C): half-pixel centres, no antialiasing, truncated."""
+def resize_bilinear(image: np.ndarray, height: int, width: int, *, mirrored: bool = False) -> np.ndarray:
+    """uint8 (H, W, C) -> uint8 (height, width, C): half-pixel centres, no antialiasing, truncated.
+
+    mirrored: of the result, left and right are exchanged.
+    """
     if image.shape[:2] == (height, width):
-        return image
+        return image[:, ::-1] if mirrored else image
+    channels = image.shape[2]
     top, bottom, y = _bilinear_taps(image.shape[0], height)
     left, right, x = _bilinear_taps(image.shape[1], width)
-    x, y = x[None, :, None], y[:, None, None]
+    if mirrored:
+        left, right, x = left[::-1], right[::-1], x[::-1]
+    # Pixels are taken byte by byte, which numpy does faster than three bytes at a time: (H, W, C) -> (H, W*C).
+    left, right = ((taps[:, None] * channels + np.arange(channels)).ravel() for taps in (left, right))
+    x, y = np.repeat(x, channels), y[:, None]
 
-    def across(rows: np.ndarray) -> np.ndarray:  # (height, W, C) -> (height, width, C)
-        a, b = rows.take(left, axis=1).astype(F32), rows.take(right, axis=1).astype(F32)
+    def across(rows: np.ndarray) -> np.ndarray:  # (rows, W*C) -> (rows, width*C)
+        a, b = (rows.take(taps, axis=1, mode="clip").astype(F32) for taps in (left, right))
         b -= a
         b *= x
         b += a
         return b
 
-    if image.shape[0] < 2 * height:  # cheaper, because rows are shared
-        rows = across(image)
-        upper, lower = rows.take(top, axis=0), rows.take(bottom, axis=0)
-    else:
-        upper, lower = across(image.take(top, axis=0)), across(image.take(bottom, axis=0))
-    lower -= upper
-    lower *= y
-    lower += upper
-    return lower.astype(np.uint8)
+    image = image.reshape(len(image), -1)
+    result = np.empty((height, width * channels), np.uint8)
+    for start in range(0, height, _ROWS):
+        part = slice(start, start + _ROWS)
+        above, below = top[part], bottom[part]
+        first, end = above[0], below[-1] + 1
+        if end - first < 2 * len(above):  # cheaper, because rows are shared
+            rows = across(image[first:end])
+            upper, lower = rows.take(above - first, axis=0), rows.take(below - first, axis=0)
+        else:
+            upper, lower = across(image.take(above, axis=0)), across(image.take(below, axis=0))
+        lower -= upper
+        lower *= y[part]
+        lower += upper
+        result[part] = lower
+    return result.reshape(height, width, channels)
 
 
 def resize_area(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -74,8 +91,18 @@ def evaluation_pixels(image: np.ndarray, image_hw: tuple[int, int], smaller_size
 
 def to_model(images: np.ndarray) -> Tensor:
     """Pixels (..., H, W, C) in 0 .. 255 -> float32 (..., C, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
-    return pixels.to(torch.float32, copy=True).div_(255).mul_(2).sub_(1)
+    *batch, height, width, channels = images.shape
+    # numpy asks for large pages of memory, which are filled faster
+    result = torch.from_numpy(np.empty((*batch, channels, height, width), F32))
+    if not result.numel():
+        return result
+    each = result.view(-1, channels, height, width)
+    pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).view(-1, height, width, channels)
+    pixels = pixels.movedim(-1, 1)  # (N, H, W, C) -> (N, C, H, W)
+    count = max(1, _CACHE_BYTES // each[0].nbytes)
+    for to, given in zip(each.split(count), pixels.split(count), strict=True):
+        to.copy_(given).div_(255).mul_(2).sub_(1)
+    return result
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -121,15 +148,18 @@ def pad_crop_flip(
 
     tops, lefts: int (B,) in 0 .. 2 * padding, where the crop begins. flips: bool (B,).
     """
-    batch, height, width, _ = images.shape
+    _, height, width, channels = images.shape
+    result = np.empty(images.shape, images.dtype)
     if padding:
         images = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     elif not flips.any():
         return images
-    column = np.arange(width)
-    columns = lefts[:, None] + np.where(flips[:, None], column[::-1], column)  # (B, W)
-    rows = tops[:, None] + np.arange(height)  # (B, H)
-    return images[np.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # A pixel is moved as one item, whatever its channels: (B, H, W, C) -> (B, H, W).
+    pixels, moved = (np.ascontiguousarray(a).view(f"V{channels * a.itemsize}")[..., 0] for a in (images, result))
+    for new, old, top, left, flip in zip(moved, pixels, tops.tolist(), lefts.tolist(), flips.tolist(), strict=True):
+        part = old[top : top + height, left : left + width]
+        new[...] = part[:, ::-1] if flip else part
+    return result
 
 
 def _bilinear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

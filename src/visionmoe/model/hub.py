@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self, cast
 
-import torch
 from huggingface_hub import (
     _CACHED_NO_EXIST,
     HfApi,
@@ -26,10 +25,12 @@ from visionmoe.model.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Preprocessing,
+    empty_tensor,
     open_pretrained_weights,
     read_pretrained_config,
     write_pretrained,
 )
+from visionmoe.model.skeleton import skeleton
 
 CARD_NAME = "README.md"
 # Of the HTTP library that huggingface_hub uses, which is another one in other versions.
@@ -141,11 +142,10 @@ class HubModel(
     def _of_folder(cls, folder: Path) -> Self:
         stored = read_pretrained_config(folder)
         weights = open_pretrained_weights(folder)
-        with torch.device("meta"):
-            model: Any = cls(stored.model)
+        model: Any = skeleton(cls, stored.model)
         model.class_names = stored.class_names
         model.preprocessing = stored.preprocessing or model.preprocessing
-        state: dict[str, Tensor] = {n: torch.empty(t.shape) for n, t in model.state_dict().items()}
+        state: dict[str, Tensor] = {n: empty_tensor(t.shape) for n, t in model.state_dict().items()}
         if weights.shapes != {name: tuple(tensor.shape) for name, tensor in state.items()}:
             raise ValueError(f"{weights.path} does not fit the config.json beside it")
         weights.read_into(state)
