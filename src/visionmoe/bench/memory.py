@@ -38,7 +38,7 @@ class Question:
 
 
 def cases(setup: Setup) -> list[Case]:
-    works = WORKS[::2] if setup.quick else WORKS
+    works = WORKS[:1] if setup.quick else WORKS
     found = []
     for work, dtype in works:
         question = Question("s16" if setup.quick else "b16", "dense", work, dtype, 2 if setup.quick else 8,
