@@ -61,7 +61,7 @@ def _experts_class() -> type[nn.Module]:
                 if len(token):
                     hidden = self.act_fn(F.linear(tokens[token], self.up_proj[expert], self.up_proj_bias[expert]))
                     rows = F.linear(hidden, self.down_proj[expert], self.down_proj_bias[expert])
-                    out = out.index_add(0, token, rows * weights[token, rank, None])
+                    out.index_add_(0, token, rows * weights[token, rank, None])
             return out
 
     return Experts

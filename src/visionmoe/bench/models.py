@@ -130,10 +130,13 @@ def _latency_case(setup: Setup, size: str, variant: str, dtype: str) -> Case:
 
     def measure() -> list[Row]:
         sparse, dense = (config_of(size, v, quick=setup.quick) for v in (variant, "dense"))
-        models = {"sparse": build_model(sparse, DTYPES[dtype], setup.device)}
+        models = {
+            name: build_model(config, DTYPES[dtype], setup.device)
+            for name, config in (("sparse", sparse), ("dense", dense))
+        }
         flops = count_flops(models["sparse"], batch_size=1)
-        widths = widened(sparse, flops, count_flops(build_model(dense, DTYPES[dtype], setup.device)))
-        models["dense"] = widen(build_model(dense, DTYPES[dtype], setup.device), widths)
+        widths = widened(sparse, flops, count_flops(models["dense"]))
+        widen(models["dense"], widths)
         images = random_images(dense, 1, DTYPES[dtype], setup.device)
         with torch.no_grad():
             times = in_turns({name: _forward(model, images) for name, model in models.items()}, effort, setup.device)

@@ -27,7 +27,7 @@ def targets(path: str | os.PathLike, rows: Rows) -> None:
     Figures that should be high are turned round, so that shorter is better everywhere.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 1 + 0.34 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(11, 1 + 0.36 * len(rows)), layout="constrained")
         axis = figure.subplots()
         for place, row in enumerate(reversed(rows)):
             sign, limit = row["target"].split()
@@ -35,8 +35,8 @@ def targets(path: str | os.PathLike, rows: Rows) -> None:
             share = max(0.0, share if sign == "<=" else 1 / share)
             axis.barh(place, share, color=GREEN if row["met"] else ORANGE, height=0.7)
             axis.annotate(f" {row['value']:.3g} ({row['target']})", (share, place), va="center", fontsize=7)
-        labels = [f"{_short(row['what'])}, {row['dtype']}" for row in reversed(rows)]
-        axis.set_yticks(range(len(rows)), labels=labels, fontsize=7)
+        labels = ["\n".join(f"{row['what']}, {row['dtype']}".split("; ")) for row in reversed(rows)]
+        axis.set_yticks(range(len(rows)), labels=labels, fontsize=6)
         axis.axvline(1.0, color=GREY, linestyle="--", linewidth=1.2)
         axis.set(title="Measured over target (left of the line: met)", xlim=(0, None))
         axis.margins(x=0.15)
@@ -125,7 +125,3 @@ def memory(path: str | os.PathLike, rows: Rows) -> None:
         axis.set(title="Peak memory", ylabel="MiB")
         axis.legend(fontsize=8)
         save(figure, path)
-
-
-def _short(what: str) -> str:
-    return what if len(what) <= 90 else what[:87] + "..."
