@@ -51,11 +51,16 @@ def main() -> None:
         for dtype in DTYPES:
             for gradients in (False, True):
                 rows += layer_rows(arguments, size, dtype, gradients, missing)
+                write(arguments, rows, missing)
     if not arguments.quick and set(IMAGE_PEERS) & set(arguments.peers):
         for dtype in DTYPES:
             rows += image_rows(arguments, dtype, missing)
+            write(arguments, rows, missing)
     for name, reason in missing.items():
         print(f"{name}: {reason}")
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
     write_json(
         arguments.out,
         {
