@@ -5,8 +5,9 @@
 A peer that is not installed is named with what installs it, and left out. Layer: B/16 size (8 images, 1576 tokens,
 D 768, F 3072, E 8, K 2) and S/32 size (400 tokens, D 512, F 2048), nothing dropped, since the peers know no capacity.
 Every peer has the same weights and a plain softmax-and-top-k router in float32, and must give our layer's numbers
-before it is timed. Whole models: images per second at batch 8. All in turns, one uncounted round before; medians, and
-medians of the rounds' ratios to ours. A comparison takes no more rounds than --seconds allow.
+before it is timed. Each peer takes turns with our layer and the dense MLP alone, so that a slow one, which empties the
+caches, disturbs no other. Whole models: images per second at batch 8, all in turns. One uncounted round before;
+medians, and medians of the rounds' ratios to ours. A comparison takes no more rounds than --seconds allow.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import datetime
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,34 +79,49 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], missing: di
 def layer_rows(
     arguments: argparse.Namespace, size: LayerSize, dtype: str, gradients: bool, missing: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Rows of ours, of the dense MLP, and of every peer that is there, timed in turns."""
+    """Rows of every peer that is there, each with those of ours and of the dense MLP that were timed beside it."""
     device = torch.device(arguments.device)
     what = f"{'forward+backward' if gradients else 'forward'}, {dtype}, {size.name}"
     print(what, flush=True)
     # capacity for every request: no expert gets more than all tokens
-    layer = build_layer(LayerSize(**{**vars(size), "capacity_factor": float(size.num_experts)}), DTYPES[dtype], device)
+    layer = build_layer(replace(size, capacity_factor=float(size.num_experts)), DTYPES[dtype], device)
     work = work_of(layer, gradients)
-    calls: LayerCalls = {OURS: lambda: layer.moe(work.tokens[None]).tokens[0]}
     parameters = [p.requires_grad_(gradients) for p in mlp_parameters(size.hidden_size, size.mlp_dim, work.tokens)]
     rows = torch.randn(layer.kept, size.hidden_size).to(layer.tokens).requires_grad_(gradients)
-    calls[DENSE] = lambda: mlp(rows, parameters)
+    own: LayerCalls = {OURS: lambda: layer.moe(work.tokens[None]).tokens[0], DENSE: lambda: mlp(rows, parameters)}
     with torch.no_grad():
-        expected = calls[OURS]().float()
+        expected = own[OURS]().float()
+    leaves = [work.tokens, *work.parameters, *layer.moe.parameters(), rows, *parameters]
+    effort = Effort(arguments.rounds, arguments.seconds)
+    found = []
+    for name, call in peer_calls(arguments.peers, work, expected, TOLERANCE[dtype], gradients, missing).items():
+        calls = own | {name: call}
+        with torch.set_grad_enabled(gradients):
+            timed = {n: backward_of(c, leaves) for n, c in calls.items()} if gradients else calls
+            times = in_turns(timed, effort, device)
+        found += [as_row(n, what, times, OURS) | {"beside": name} for n in calls]
+    return found
+
+
+def peer_calls(
+    peers: list[str],
+    work: LayerWork,
+    expected: torch.Tensor,
+    tolerance: float,
+    gradients: bool,
+    missing: dict[str, str],
+) -> LayerCalls:
+    """The checked calls of the layer's peers that are there; the others and why go to `missing`."""
+    calls: LayerCalls = {}
     for name in LAYER_PEERS:
-        if name not in arguments.peers:
-            continue
-        peer = importlib.import_module(name)
-        if gradients and not peer.GRADIENTS:
+        peer = importlib.import_module(name) if name in peers else None
+        if peer is None or (gradients and not peer.GRADIENTS):
             continue
         try:
-            calls |= checked(peer, work, expected, TOLERANCE[dtype])
+            calls |= checked(peer, work, expected, tolerance)
         except MissingError as reason:
             missing[name] = str(reason)
-    leaves = [work.tokens, *work.parameters, *layer.moe.parameters(), rows, *parameters]
-    with torch.set_grad_enabled(gradients):
-        timed = {name: backward_of(call, leaves) for name, call in calls.items()} if gradients else calls
-        times = in_turns(timed, Effort(arguments.rounds, arguments.seconds), device)
-    return [as_row(name, what, times, OURS) for name in calls]
+    return calls
 
 
 def work_of(layer: Any, gradients: bool) -> LayerWork:
