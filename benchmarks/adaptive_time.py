@@ -1,15 +1,11 @@
-"""Time of adaptive inference: whether fewer places for tokens save the time that they save operations.
+"""Time of whole models at lower capacity and K: whether the time falls with the operations.
 
     python benchmarks/adaptive_time.py --out benchmarks/results/adaptive_time_cpu.json
 
-Three parts, forward only, every setting in turns with C = 1 (neighbours in time), medians over the repetitions; `ratio`
-and `time_share` are medians of the ratios to the C = 1 of the same round.
-
-layer:   one MoE layer of B/16 size (D 768, F 3072, E 8, K 2) on 8 images x 197 tokens, router included.
-         Targets: at most 0.6 at C = 0.5, at most 0.25 at C = 0.15.
-router:  the router of that layer alone: the part that no capacity makes cheaper.
-models:  V-MoE-B/16 (E 8, every 2) at batch 8, and a small model: share of the time against share of the operations at
-         K = 2 and 1. Target: within 5 points.
+V-MoE-B/16 (E 8, every 2) at batch 8, and a small model, forward only: share of the time against share of the operations
+at K = 2 and 1, batch-priority. Every setting in turns with K = 2, C = 1 (neighbours in time), medians over the
+repetitions; `ratio` is the median of the ratios to it of the same round. Target: within 5 points. (The layer alone is
+measured by `visionmoe bench --sections adaptive`.)
 
 Routers of random models prefer some experts. So that C = 1 keeps nearly all requests, as in a trained model, gates get
 zero weights and the tokens' choices come from the training noise.
@@ -17,7 +13,6 @@ zero weights and the tokens' choices come from the training noise.
 
 import argparse
 import datetime
-import functools
 import statistics
 import sys
 import time
@@ -31,10 +26,8 @@ import visionmoe as vm
 from visionmoe.config import MoEConfig, RoutingSetting
 from visionmoe.evaluate.timing import device_name
 from visionmoe.files import write_json
-from visionmoe.model.moe import MoE
 from visionmoe.model.router import Router
 
-LAYER_TARGETS = {0.5: 0.6, 0.15: 0.25}
 MODEL_TARGET = 0.05
 
 
@@ -45,9 +38,6 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="small sizes, to see that it runs")
     arguments = parser.parse_args()
-    layer, router = layer_rows(arguments)
-    for row in (*layer, *router):
-        print(row, flush=True)
     models = model_rows(arguments)
     for row in models:
         print(row, flush=True)
@@ -59,50 +49,9 @@ def main() -> None:
             "machine": machine,
             "command": " ".join(["python", *sys.argv]),
             "repeats": arguments.repeats,
-            "layer": layer,
-            "router": router,
             "models": models,
         },
     )
-
-
-def layer_rows(arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Rows of the layer by capacity, and of its router alone; for the dtypes that people serve in."""
-    hidden, width, images, tokens = (64, 256, 2, 17) if arguments.small else (768, 3072, 8, 197)
-    layers, routers = [], []
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        moe = MoE(MoEConfig(num_experts=8, layers=(0,)), 0, hidden, width)
-        moe.reset_parameters()
-        balanced(moe).to(dtype)
-        x = torch.randn(images, tokens, hidden, dtype=dtype)
-        for priority in (False, True):
-            settings = {c: RoutingSetting(2, c, priority) for c in (1.0, *LAYER_TARGETS)}
-            kept: dict[float, list[int]] = {c: [] for c in settings}
-            times = in_turns({c: layer_call(moe, x, s, kept[c]) for c, s in settings.items()}, arguments)
-            for c in settings:
-                row = {"dtype": str(dtype).removeprefix("torch."), "batch_priority": priority, "capacity_factor": c}
-                row |= {"kept_requests": round(statistics.mean(kept[c])), **compared(times, c, 1.0)}
-                row |= {"target": LAYER_TARGETS.get(c), "met": row["ratio"] <= LAYER_TARGETS.get(c, float("inf"))}
-                layers.append(row)
-            group = x.view(1, -1, hidden)
-            alone = in_turns({c: functools.partial(moe.router, group, s) for c, s in settings.items()}, arguments)
-            routers += [
-                {"dtype": layers[-1]["dtype"], "batch_priority": priority, "capacity_factor": c,
-                 "share_of_layer_at_1": round(statistics.median(alone[c]) / statistics.median(times[1.0]), 4),
-                 **compared(alone, c, 1.0)}
-                for c in settings
-            ]  # fmt: skip
-    return layers, routers
-
-
-def layer_call(moe: MoE, x: torch.Tensor, setting: RoutingSetting, kept: list[int]) -> Callable[[], None]:
-    def call() -> None:
-        moe.setting = setting
-        metrics = moe(x).metrics
-        kept.append(round(float(1 - metrics["dropped"]) * x.shape[0] * x.shape[1] * setting.num_selected_experts))
-
-    return call
 
 
 def model_rows(arguments: argparse.Namespace) -> list[dict]:

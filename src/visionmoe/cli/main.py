@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": (options.Convert, "visionmoe.cli.convert"),
     "info": (options.Info, "visionmoe.cli.info"),
     "upcycle": (options.Upcycle, "visionmoe.cli.upcycle"),
+    "bench": (options.Bench, "visionmoe.cli.bench"),
 }
 # top-level module -> the extra that installs it
 EXTRAS = {

@@ -14,6 +14,7 @@ File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Switch = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}")]
 ModelPath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+BenchSection = Literal["ceilings", "layer", "share", "adaptive", "models", "growth", "memory"]
 Assignments = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="NAME=VALUE")]
 
 
@@ -272,3 +273,17 @@ class Upcycle:
     """Part of --data, e.g. train. Default: test."""
     images: int = 8
     """How many images to compare on."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure this machine: the MoE layer and whole models against dense ones, in turns."""
+
+    sections: tuple[BenchSection, ...] = ("ceilings", "layer", "share", "adaptive", "models", "growth", "memory")
+    """What to measure."""
+    quick: bool = False
+    """Small shapes and few rounds, to see that it runs: about a minute, and no targets."""
+    device: Text = None
+    """cpu, cuda, ... Default: cpu."""
+    out: Path = Path("out/bench")
+    """Where results.json and the pictures go; started again, what was measured is not measured again."""

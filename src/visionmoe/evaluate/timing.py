@@ -25,10 +25,14 @@ ROUNDS, SECONDS = 7, 90.0
 
 @dataclass(frozen=True)
 class Timing:
-    """seconds: median of one call, for each that was timed. rounds: how often each ran, one uncounted call before."""
+    """seconds: median of one call, for each that was timed. rounds: how often each ran, one uncounted call before.
+
+    each: the seconds of every counted call, by what was timed and by round.
+    """
 
     seconds: tuple[float, ...]
     rounds: int
+    each: tuple[tuple[float, ...], ...] = ()
 
 
 def take_turns(
@@ -55,8 +59,8 @@ def take_turns(
         now = time.perf_counter()
         if number and now - start + (now - began) > max_seconds:
             break
-    counted = [own[1:] for own in times]
-    return Timing(tuple(statistics.median(own) for own in counted), len(counted[0]))
+    counted = tuple(tuple(own[1:]) for own in times)
+    return Timing(tuple(statistics.median(own) for own in counted), len(counted[0]), counted)
 
 
 def forward_call(model: nn.Module, images: Tensor, *, autocast: bool = False) -> Callable[[], None]:
