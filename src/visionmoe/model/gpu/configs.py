@@ -1,0 +1,78 @@
+"""Tile sizes of the Triton kernels: the candidates of the tuner, and which of them fit a shape and a device.
+
+Arithmetic intensity of a tile of BLOCK_M x BLOCK_N in bfloat16 is BLOCK_M * BLOCK_N / (BLOCK_M + BLOCK_N) operations
+per byte read: 64 for 128 x 128, 85 for 128 x 256. An H100 does 989 TFLOP/s dense and reads its L2 cache at about
+5.5 TB/s, 180 operations per byte of DRAM at 3.35 TB/s are left to the cache: neighbouring tiles share rows and weights.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from triton import Config
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+# Partial sums are stored per unit of this many rows or columns, whatever tile the tuner chose.
+ROW_UNIT, COLUMN_UNIT = (16, 16) if INTERPRETED else (64, 64)
+_SHARED_MEMORY_LEFT = 4096  # bytes that a kernel needs beside its tiles
+
+
+def _config(m: int, n: int, k: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+
+
+_SMALL_TEST = [_config(16, 32, 16, 4, 1)]  # the interpreter runs one configuration: small, so that tests have many tiles
+# Few rows per expert: inference on single images.
+_THIN = [_config(16, 64, 128, 4, 4), _config(32, 64, 128, 4, 4)]
+_ROWS = [
+    _config(64, 64, 64, 4, 4),
+    _config(64, 128, 64, 4, 4),
+    _config(128, 64, 64, 4, 4),
+    _config(128, 128, 32, 4, 4),
+    _config(128, 128, 64, 4, 3),
+    _config(128, 128, 64, 8, 4),
+    _config(128, 256, 64, 8, 3),
+    _config(128, 256, 64, 8, 4),
+    _config(256, 128, 64, 8, 3),
+    _config(64, 64, 32, 4, 3),  # fits float32 and the smaller GPUs
+]
+
+FORWARD_CONFIGS = _SMALL_TEST if INTERPRETED else _THIN + _ROWS
+# Kernels that store sums per unit of rows and columns, so tiles are multiples of the units.
+BACKWARD_CONFIGS = _SMALL_TEST if INTERPRETED else _ROWS
+# The inner axis of weight gradients is the rows, of which there are many.
+WEIGHT_CONFIGS = _SMALL_TEST if INTERPRETED else _ROWS
+
+
+def prune(configs: list[Config], named: dict[str, Any], **rest: Any) -> list[Config]:
+    """Configurations that fit into shared memory and do not exceed the shape; the smallest if none does.
+
+    Needs the arguments `a_ptr` (a tensor of the dtype of the products), M_BUCKET (rows per expert, a power of two),
+    N and K of the product.
+    """
+    values = named | rest
+    itemsize, device = values["a_ptr"].element_size(), values["a_ptr"].device
+    limits = {"BLOCK_M": values["M_BUCKET"], "BLOCK_N": values["N"], "BLOCK_K": values["K"]}
+    most = shared_memory(device.index or 0) - _SHARED_MEMORY_LEFT
+    fitting = [c for c in configs if shared_bytes(c, itemsize) <= most]
+    fitting = fitting or [min(configs, key=lambda c: shared_bytes(c, itemsize))]
+    useful = [c for c in fitting if all(c.kwargs[name] < 2 * max(size, 16) for name, size in limits.items())]
+    return useful or [min(fitting, key=lambda c: shared_bytes(c, itemsize))]
+
+
+def shared_bytes(config: Config, itemsize: int) -> int:
+    """Shared memory of the tiles of one configuration's pipeline, in bytes."""
+    m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    return config.num_stages * (m + n) * k * itemsize
+
+
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Shared memory that one program may use on this CUDA device, in bytes."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def bucket(rows: int, experts: int) -> int:
+    """Rows per expert rounded up to a power of two: one tuning for all batches of about one size."""
+    return triton.next_power_of_2(max(16, triton.cdiv(rows, experts)))
