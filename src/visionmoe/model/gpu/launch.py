@@ -121,7 +121,7 @@ def weight_gradient(a: Tensor, b: Tensor, rows: Rows, gathered: str, dtype: torc
     with _on(a):
         products.weight_gradient_kernel[grid](
             a, b, rows.token, rows.offsets, out, ROWS=bucket(len(rows.token), rows.experts), M=m, N=n,
-            GATHER_A=gathered == "a", GATHER_B=gathered == "b", PRECISION=precision(a.dtype),
+            GATHER_A=gathered == "a", PRECISION=precision(a.dtype),
         )  # fmt: skip
     return out
 

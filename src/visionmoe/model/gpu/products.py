@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from visionmoe.model.gpu.configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, WEIGHT_CONFIGS, prune
-from visionmoe.model.gpu.tiles import dot, find_tile, gelu, gelu_and_slope, multiply, swizzle
+from visionmoe.model.gpu.tiles import dot, find_tile, gelu, gelu_and_slope, halves, multiply, swizzle
 
 _TUNING = {"key": ["ROWS", "M", "N", "K", "E"], "prune_configs_by": {"early_config_prune": prune}, "cache_results": True}
 
@@ -132,9 +132,9 @@ def first_backward_kernel(
 ):
     """a (tokens, K): gradient of the output; w (E, K, N): W2; before (P, N).
 
-    Writes grad_before and hidden (P, N), the latter times the combine weight as in the forward pass; dots (P, DOTS)
-    in columns of COLUMN_UNIT: parts of (gradient @ W2) . gelu(before), which the combine weight's gradient sums; and
-    bias_sums (units, N): sums of grad_before over the rows of a tile, in the tile's first unit, 0 in its others.
+    Writes grad_before and hidden (P, N), the latter times the combine weight as in the forward pass; dots (P, DOTS),
+    in its first columns the parts, of COLUMN_UNIT each, of (gradient @ W2) . gelu(before), which the combine weight's
+    gradient sums; and bias_sums (units, N): sums of grad_before over the rows of a tile, in the tile's first unit, 0 in its others.
     """
     num_n = tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = swizzle(tl.cdiv(num_rows, BLOCK_M) + E, num_n, 8)
@@ -145,29 +145,36 @@ def first_backward_kernel(
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.load(token_ptr + tl.minimum(row, end - 1))
     acc = multiply(a_ptr, token, w_ptr, expert, column, N, K, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    base = first.to(tl.int64) * N  # the tile's own offsets fit into 32 bits, which saves registers
-    place = (row - first)[:, None] * N + column[None, :]
-    mask = (row < end)[:, None] & (column < N)[None, :]
-    before = tl.load(before_ptr + base + place, mask=mask, other=0.0).to(tl.float32)
-    value, slope = gelu_and_slope(before, TANH)
+    # Column by column of COLUMN_UNIT, so that few registers are needed beside the sums.
+    if BLOCK_N == COLUMN_UNIT:
+        parts = (acc,)
+    elif BLOCK_N == 2 * COLUMN_UNIT:
+        parts = halves(acc, BLOCK_M, BLOCK_N)
+    else:
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        parts = halves(left, BLOCK_M, BLOCK_N // 2) + halves(right, BLOCK_M, BLOCK_N // 2)
     weight = tl.load(weight_ptr + row, mask=row < end, other=0.0).to(tl.float32)
-    tl.store(hidden_ptr + base + place, (value * weight[:, None]).to(hidden_ptr.dtype.element_ty), mask=mask)
-    acc = tl.where(mask, acc, 0.0)
-    grad_before = acc * slope * weight[:, None]
-    tl.store(grad_before_ptr + base + place, grad_before.to(grad_before_ptr.dtype.element_ty), mask=mask)
-
-    part = tl.arange(0, BLOCK_N // COLUMN_UNIT)
-    dot_column = tile_n * (BLOCK_N // COLUMN_UNIT) + part
-    dot = tl.where((part == 0)[None, :], tl.sum(acc * value, 1)[:, None], 0.0)
-    dot_mask = (row < end)[:, None] & (dot_column < tl.cdiv(N, COLUMN_UNIT))[None, :]
-    tl.store(dots_ptr + row.to(tl.int64)[:, None] * DOTS + dot_column[None, :], dot, mask=dot_mask)
-
-    part = tl.arange(0, BLOCK_M // ROW_UNIT)
     begin = tl.load(offsets_ptr + expert)
-    unit = begin // ROW_UNIT + expert + (first - begin) // ROW_UNIT + part
-    sums = tl.where((part == 0)[:, None], tl.sum(grad_before, 0)[None, :], 0.0)
-    sums_mask = (first + part * ROW_UNIT < end)[:, None] & (column < N)[None, :]
-    tl.store(bias_sums_ptr + unit.to(tl.int64)[:, None] * N + column[None, :], sums, mask=sums_mask)
+    unit = begin // ROW_UNIT + expert + (first - begin) // ROW_UNIT + tl.arange(0, BLOCK_M // ROW_UNIT)
+    unit_row = first + tl.arange(0, BLOCK_M // ROW_UNIT) * ROW_UNIT
+    base = first.to(tl.int64) * N
+    for i in tl.static_range(BLOCK_N // COLUMN_UNIT):
+        part = parts[i]
+        own = tile_n * BLOCK_N + i * COLUMN_UNIT + tl.arange(0, COLUMN_UNIT)
+        place = (row - first)[:, None] * N + own[None, :]
+        mask = (row < end)[:, None] & (own < N)[None, :]
+        before = tl.load(before_ptr + base + place, mask=mask, other=0.0).to(tl.float32)
+        value, slope = gelu_and_slope(before, TANH)
+        tl.store(hidden_ptr + base + place, (value * weight[:, None]).to(hidden_ptr.dtype.element_ty), mask=mask)
+        part = tl.where(mask, part, 0.0)
+        grad_before = part * slope * weight[:, None]
+        tl.store(grad_before_ptr + base + place, grad_before.to(grad_before_ptr.dtype.element_ty), mask=mask)
+        number = tile_n * (BLOCK_N // COLUMN_UNIT) + i
+        dot_place = dots_ptr + row.to(tl.int64) * DOTS + number
+        tl.store(dot_place, tl.sum(part * value, 1), mask=(row < end) & (number < DOTS - 1))
+        sums = tl.where((unit_row == first)[:, None], tl.sum(grad_before, 0)[None, :], 0.0)
+        sums_mask = (unit_row < end)[:, None] & (own < N)[None, :]
+        tl.store(bias_sums_ptr + unit.to(tl.int64)[:, None] * N + own[None, :], sums, mask=sums_mask)
 
 
 @triton.autotune(configs=WEIGHT_CONFIGS, **_TUNING)
@@ -182,7 +189,6 @@ def weight_gradient_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -190,6 +196,7 @@ def weight_gradient_kernel(
 ):
     """out (E, M, N): sum over an expert's rows of a (., M) times b (., N); 0 for an expert without rows.
 
+    One of them is (tokens, .) and gathered: a if GATHER_A, else b. The other one is (P, .).
     Programs of one expert are neighbours, so that its rows are read from the L2 cache.
     """
     num_n = tl.cdiv(N, BLOCK_N)
@@ -201,19 +208,20 @@ def weight_gradient_kernel(
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    token = tl.load(token_ptr + begin + k, mask=begin + k < end, other=0)
     for start in range(begin, end, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K)
+        row = start + k
         inside = row < end
-        a_row = row
-        b_row = row
-        if GATHER_A:
-            a_row = tl.load(token_ptr + row, mask=inside, other=0)
-        if GATHER_B:
-            b_row = tl.load(token_ptr + row, mask=inside, other=0)
+        a_row = token if GATHER_A else row
+        b_row = row if GATHER_A else token
+        # The next tokens are read one step ahead: loads that wait for loads in the same step shorten the pipeline.
+        token = tl.load(token_ptr + row + BLOCK_K, mask=row + BLOCK_K < end, other=0)
         a_mask = inside[None, :] if M % BLOCK_M == 0 else inside[None, :] & (m < M)[:, None]
         b_mask = inside[:, None] if N % BLOCK_N == 0 else inside[:, None] & (n < N)[None, :]
         a = tl.load(a_ptr + a_row.to(tl.int64)[None, :] * M + m[:, None], mask=a_mask, other=0.0)
         b = tl.load(b_ptr + b_row.to(tl.int64)[:, None] * N + n[None, :], mask=b_mask, other=0.0)
         acc = dot(a, b, acc, PRECISION)
     base = expert.to(tl.int64) * (M * N)
-    tl.store(out_ptr + base + m[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    place = m[:, None] * N + n[None, :]
+    tl.store(out_ptr + base + place, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

@@ -90,6 +90,12 @@ def multiply(
 
 
 @triton.jit
+def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of the columns of x (BLOCK_M, BLOCK_N)."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def gelu(x, TANH: tl.constexpr):
     """GELU of float32; 0.5 * (1 + tanh(u)) is the logistic function of 2u."""
     if TANH:
