@@ -16,7 +16,6 @@ from visionmoe.model.router import Router
 from visionmoe.model.routing import Routing
 from visionmoe.model.soft import SoftRouter
 
-
 RUNNERS: dict[Dispatch, Callable[[Tensor, Routing, Experts], Tensor]] = {
     "segments": run_segments,
     "buffers": run_buffers,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +19,10 @@ from visionmoe.model.routing import expert_choice_routing, normalize_combine_wei
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5 * 2.0**-10, torch.bfloat16: 5 * 2.0**-7}
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)  # fmt: skip
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 24), st.integers(1, 4)),
     dims=st.tuples(st.integers(1, 40), st.integers(1, 70)),
@@ -50,18 +53,17 @@ def test_random_shapes_equal_plain(plain, shape, dims, k, capacity, kind, approx
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("approximate", ["tanh", "none"])
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_many_tiles_equal_plain(plain, dtype, approximate, k):
+@pytest.mark.parametrize(("k", "approximate"), [(1, "tanh"), (2, "none"), (3, "tanh")])
+def test_many_tiles_equal_plain(plain, dtype, k, approximate):
     """Two groups, three experts with some tiles of rows each, several tiles of D and F, some requests dropped."""
     torch.manual_seed(k)
-    tokens = torch.randn(2 * 50, 48, device=plain.device).to(dtype)
-    logits = torch.randn(2, 50, 3, device=plain.device)
-    experts = plain.experts(3, 48, 80, dtype, approximate)
+    tokens = torch.randn(2 * 40, 48, device=plain.device).to(dtype)
+    logits = torch.randn(2, 40, 3, device=plain.device)
+    experts = plain.experts(3, 48, 72, dtype, approximate)
 
     def make_routing(probs):
-        routing = top_k_routing(probs, k, 12 * k, True)
-        assert 0 < routing.dropped() < 0.5  # 2 * 50 * k requests, 2 * 3 * 12 * k places
+        routing = top_k_routing(probs, k, 10 * k, True)
+        assert 0 < routing.dropped() < 0.5  # 2 * 40 * k requests, 2 * 3 * 10 * k places
         return routing
 
     errors = plain.largest_errors(run_triton, tokens, logits, experts, make_routing)
@@ -131,11 +133,11 @@ def test_float32_parameters_with_bfloat16_tokens(plain):
 
 def test_saves_no_more_than_a_dense_layer(plain):
     """A dense MLP of the same size saves, per token, its input D, the values before GELU F and those behind it F."""
-    dim, width, size = 64, 256, 200
+    dim, width, size = 32, 128, 100
     experts = plain.experts(8, dim, width, torch.float32)
     tokens = torch.randn(size, dim, device=plain.device, requires_grad=True)
     probs = torch.softmax(torch.randn(1, size, 8, device=plain.device), -1)
-    routing = top_k_routing(probs, 2, 52, True)  # K = 2, capacity 1.04
+    routing = top_k_routing(probs, 2, 26, True)  # K = 2, capacity 1.04
     parameters = {p.data_ptr() for p in experts.parameters()}
     saved = {}
 
@@ -225,7 +227,7 @@ def test_whole_model_compiles_to_one_graph(plain):
     model = make_model(plain.device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for batch in (4, 4, 6, 3):
+    for batch in (4, 6, 3):
         images = torch.rand(batch, 3, 16, 16, device=plain.device) * 2 - 1
         gradients = []
         for call in (model, compiled):
@@ -240,9 +242,9 @@ def test_whole_model_compiles_to_one_graph(plain):
 
 def test_flops_are_those_that_count_flops_says(plain):
     model = make_model(plain.device).eval()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            model(torch.rand(8, 3, 16, 16, device=plain.device))
+    plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with plain_attention, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.rand(8, 3, 16, 16, device=plain.device))
     assert counter.get_total_flops() == pytest.approx(vm.count_flops(model, batch_size=8) * 8, rel=1e-3)
 
 

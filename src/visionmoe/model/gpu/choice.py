@@ -32,8 +32,12 @@ def choose_on_cuda(
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _abilities(device: int) -> tuple[tuple[int, int], bool, bool]:
     """Capability, Triton, grouped_mm; device: number of the CUDA device."""
+    return _asked_once(device)
+
+
+@functools.cache
+def _asked_once(device: int) -> tuple[tuple[int, int], bool, bool]:
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
     return capability, importlib.util.find_spec("triton") is not None, hasattr(torch.nn.functional, "grouped_mm")

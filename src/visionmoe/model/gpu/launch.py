@@ -84,9 +84,7 @@ class BackwardRows(NamedTuple):
     bias2_sums: Tensor
 
 
-def first_backward(
-    grad: Tensor, rows: Rows, weight: Tensor, bias: Tensor, before: Tensor, tanh: bool
-) -> BackwardRows:
+def first_backward(grad: Tensor, rows: Rows, weight: Tensor, bias: Tensor, before: Tensor, tanh: bool) -> BackwardRows:
     """grad (N, D): of the output; weight (E, D, F) and bias (E, D) of the second layer; before (P, F)."""
     (size, width), dim, experts = before.shape, grad.shape[1], rows.experts
     units = size // ROW_UNIT + experts

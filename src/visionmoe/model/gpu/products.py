@@ -12,7 +12,11 @@ import triton.language as tl
 from visionmoe.model.gpu.configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, WEIGHT_CONFIGS, prune
 from visionmoe.model.gpu.tiles import dot, find_tile, gelu, gelu_and_slope, halves, multiply, swizzle
 
-_TUNING = {"key": ["ROWS", "M", "N", "K", "E"], "prune_configs_by": {"early_config_prune": prune}, "cache_results": True}
+_TUNING = {
+    "key": ["ROWS", "M", "N", "K", "E"],
+    "prune_configs_by": {"early_config_prune": prune},
+    "cache_results": True,
+}
 
 
 @triton.autotune(configs=FORWARD_CONFIGS, **_TUNING)
@@ -134,7 +138,8 @@ def first_backward_kernel(
 
     Writes grad_before and hidden (P, N), the latter times the combine weight as in the forward pass; dots (P, DOTS),
     in its first columns the parts, of COLUMN_UNIT each, of (gradient @ W2) . gelu(before), which the combine weight's
-    gradient sums; and bias_sums (units, N): sums of grad_before over the rows of a tile, in the tile's first unit, 0 in its others.
+    gradient sums; and bias_sums (units, N): sums of grad_before over the rows of a tile, in the tile's first unit, 0
+    in its others.
     """
     num_n = tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = swizzle(tl.cdiv(num_rows, BLOCK_M) + E, num_n, 8)

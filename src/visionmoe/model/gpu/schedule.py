@@ -32,18 +32,20 @@ def make_schedule(routing: Routing) -> Schedule:
     groups, requests = routing.token_index.shape
     experts, device = routing.num_experts, routing.token_index.device
     most = min_size(groups * requests, experts * groups * routing.capacity)
-    kept = routing.kept.view(-1)
+    kept = routing.kept.reshape(-1)
     group = torch.arange(groups, device=device)[:, None]
-    cell = (routing.expert_index * groups + group).view(-1)  # (G, R) -> (G*R,), values in (E, G)
+    cell = (routing.expert_index * groups + group).reshape(-1)  # (G, R) -> (G*R,), values in (E, G)
     counts = torch.zeros(experts * groups, dtype=torch.int64, device=device).scatter_add(0, cell, kept.long())
     ends = counts.cumsum(0)
-    row = (ends - counts)[cell] + routing.buffer_index.view(-1)
+    row = (ends - counts)[cell] + routing.buffer_index.reshape(-1)
     row = torch.where(kept, row, most)  # dropped requests meet in one row behind the end
-    tokens = (routing.token_index + group * routing.num_tokens).view(-1)
+    tokens = (routing.token_index + group * routing.num_tokens).reshape(-1)
     token = torch.zeros(most + 1, dtype=torch.int32, device=device).scatter(0, row, tokens.int())[:-1]
     combine = torch.where(kept, routing.combine_weights.reshape(-1), 0.0)
     weights = combine.new_zeros(most + 1).scatter(0, row, combine)[:-1]
-    place = torch.where(kept, tokens * experts + routing.expert_index.reshape(-1), groups * routing.num_tokens * experts)
+    place = torch.where(
+        kept, tokens * experts + routing.expert_index.reshape(-1), groups * routing.num_tokens * experts
+    )
     table = torch.full((groups * routing.num_tokens * experts + 1,), -1, dtype=torch.int32, device=device)
     table = table.scatter(0, place, torch.where(kept, row, -1).int())[:-1]
     offsets = torch.nn.functional.pad(ends.view(experts, groups)[:, -1], (1, 0)).int()
