@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -18,8 +19,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from visionmoe.model.gpu import products, reductions  # noqa: E402
-from visionmoe.model.gpu.configs import COLUMN_UNIT, ROW_UNIT, shared_bytes  # noqa: E402
+from visionmoe.model.gpu import (  # noqa: E402
+    configs,
+    products,
+    reductions,
+)
+from visionmoe.model.gpu.configs import COLUMN_UNIT, ROW_UNIT, candidates, shared_bytes  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use
 D, F, E = 768, 3072, 8  # B/16
@@ -108,3 +113,29 @@ def test_the_largest_candidate_that_fits_does_fit(name, capability):
     tiles = with_tiles(constants, config)
     kernel = compiled(tuner.fn, tiles, capability, "bf16", config.num_warps, config.num_stages)
     assert SHARED[capability] // 2 < kernel.metadata.shared <= SHARED[capability]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_tuner_tries_what_suits_the_product(name, monkeypatch):
+    """As the tuner asks, with the device's memory said here: for many rows, for few, and for a size below all tiles."""
+    monkeypatch.setattr(configs, "shared_memory", lambda device: SHARED[90])
+    tuner, constants = PRODUCTS[name]
+    a = torch.empty(0, dtype=torch.bfloat16)
+    many = tuner.early_config_prune(tuner.configs, {"a_ptr": a, "ROWS": 16384}, **constants)
+    assert len(many) >= 5
+    assert all(c.kwargs["BLOCK_M"] >= 64 for c in many)
+    few = tuner.early_config_prune(tuner.configs, {"a_ptr": a, "ROWS": 32}, **constants)
+    axis = "BLOCK_K" if "gradient of W" in name else "BLOCK_M"
+    assert all(c.kwargs[axis] < 64 for c in few) or len(few) == 1
+    tiny = {key: 8 for key in ("M", "N", "K") if key in constants}
+    assert tuner.early_config_prune(tuner.configs, {"a_ptr": a, "ROWS": 16}, **constants | tiny)
+
+
+def test_candidates_fit_into_memory():
+    (tuner, _), everything = PRODUCTS["first"], 1 << 30
+    sizes = (16384, F, D)
+    for memory in (SHARED[90], SHARED[80], 99 * 1024):
+        found = candidates(tuner.configs, sizes, 2, memory)
+        assert max(shared_bytes(c, 2) for c in found) <= memory
+        assert len(found) < len(candidates(tuner.configs, sizes, 2, everything)) or memory == SHARED[90]
+    assert len(candidates(tuner.configs, sizes, 4, 1)) == 1  # none fits: the smallest

@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import os
+import shutil
 from typing import Literal
 
 import torch
@@ -40,4 +42,6 @@ def _abilities(device: int) -> tuple[tuple[int, int], bool, bool]:
 @functools.cache
 def _asked_once(device: int) -> tuple[tuple[int, int], bool, bool]:
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
-    return capability, importlib.util.find_spec("triton") is not None, hasattr(torch.nn.functional, "grouped_mm")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton builds its launcher by it
+    triton = importlib.util.find_spec("triton") is not None and compiler is not None
+    return capability, triton, hasattr(torch.nn.functional, "grouped_mm")

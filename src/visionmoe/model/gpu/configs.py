@@ -48,19 +48,33 @@ WEIGHT_CONFIGS = _SMALL_TEST if INTERPRETED else _ROWS
 
 
 def prune(configs: list[Config], named: dict[str, Any], **rest: Any) -> list[Config]:
-    """Configurations that fit into shared memory and do not exceed the shape; the smallest if none does.
+    """For `triton.autotune`: the candidates for these arguments of a kernel and this device.
 
-    Needs the arguments `a_ptr` (a tensor of the dtype of the products), M_BUCKET (rows per expert, a power of two),
-    N and K of the product.
+    Reads the arguments a_ptr (a tensor of the products' dtype), ROWS (rows per expert), and those of M, N, K that the
+    kernel has: the missing one is the axis of the rows.
     """
     values = named | rest
-    itemsize, device = values["a_ptr"].element_size(), values["a_ptr"].device
-    limits = {"BLOCK_M": values["M_BUCKET"], "BLOCK_N": values["N"], "BLOCK_K": values["K"]}
-    most = shared_memory(device.index or 0) - _SHARED_MEMORY_LEFT
-    fitting = [c for c in configs if shared_bytes(c, itemsize) <= most]
-    fitting = fitting or [min(configs, key=lambda c: shared_bytes(c, itemsize))]
-    useful = [c for c in fitting if all(c.kwargs[name] < 2 * max(size, 16) for name, size in limits.items())]
-    return useful or [min(fitting, key=lambda c: shared_bytes(c, itemsize))]
+    sizes = tuple(values.get(axis, values["ROWS"]) for axis in ("M", "N", "K"))
+    device = values["a_ptr"].device.index or 0
+    return candidates(configs, sizes, values["a_ptr"].element_size(), shared_memory(device) - _SHARED_MEMORY_LEFT)
+
+
+def candidates(configs: list[Config], sizes: tuple[int, ...], itemsize: int, memory: int) -> list[Config]:
+    """Configurations whose tiles fit into `memory` bytes and suit the product's sizes (M, N, K); at least one.
+
+    Tiles are less than twice a size, and not below 64 rows where there are many.
+    """
+
+    def size_of(config: Config) -> int:
+        return shared_bytes(config, itemsize)
+
+    def suits(config: Config) -> bool:
+        blocks = [config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+        small = all(block < 2 * max(size, 32) for block, size in zip(blocks, sizes, strict=True))
+        return small and (blocks[0] >= 64 or sizes[0] <= 512)
+
+    fitting = [c for c in configs if size_of(c) <= memory] or [min(configs, key=size_of)]
+    return [c for c in fitting if suits(c)] or [min(fitting, key=size_of)]
 
 
 def shared_bytes(config: Config, itemsize: int) -> int:

@@ -55,7 +55,7 @@ def experts_forward(
     from visionmoe.model.gpu import launch
 
     tokens = tokens.contiguous()
-    rows = launch.Rows(offsets, token, weights.contiguous(), table)
+    rows = launch.Rows(*(x.contiguous() for x in (offsets, token, weights, table)))
     if not len(token):
         return torch.zeros_like(tokens), tokens.new_empty(0, weight1.shape[1])
     hidden, before = launch.first(tokens, rows, _cast(weight1, tokens), bias1.contiguous(), tanh, save)
@@ -94,8 +94,8 @@ def experts_backward(
     if not len(token):
         return [torch.zeros_like(x) for x in (tokens, weights, *parameters)]
     grad, tokens = grad.contiguous(), tokens.contiguous()
-    rows = launch.Rows(offsets, token, weights.contiguous(), table)
-    made = launch.first_backward(grad, rows, _cast(weight2, tokens), bias2.contiguous(), before, tanh)
+    rows = launch.Rows(*(x.contiguous() for x in (offsets, token, weights, table)))
+    made = launch.first_backward(grad, rows, _cast(weight2, tokens), bias2.contiguous(), before.contiguous(), tanh)
 
     def tokens_gradient() -> Tensor:
         values = launch.second(made.grad_before, rows, _cast(weight1, tokens), None, out_features_last=True)

@@ -13,14 +13,15 @@ from visionmoe.model.gpu.configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, WEIGH
 from visionmoe.model.gpu.tiles import dot, find_tile, gelu, gelu_and_slope, halves, multiply, swizzle
 
 _TUNING = {
-    "key": ["ROWS", "M", "N", "K", "E"],
+    "key": ["ROWS", "M", "N", "K", "E", "SAVE", "K_LAST", "GATHER_A"],  # those that a kernel has
     "prune_configs_by": {"early_config_prune": prune},
     "cache_results": True,
 }
+_SIZES = ["num_rows", "ROWS"]  # no kernel of its own for sizes that are multiples of 16
 
 
 @triton.autotune(configs=FORWARD_CONFIGS, **_TUNING)
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def first_kernel(
     a_ptr,
     w_ptr,
@@ -65,7 +66,7 @@ def first_kernel(
 
 
 @triton.autotune(configs=FORWARD_CONFIGS, **_TUNING)
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def second_kernel(
     a_ptr,
     w_ptr,
@@ -107,7 +108,7 @@ def second_kernel(
 
 
 @triton.autotune(configs=BACKWARD_CONFIGS, **_TUNING)
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def first_backward_kernel(
     a_ptr,
     w_ptr,
@@ -183,7 +184,7 @@ def first_backward_kernel(
 
 
 @triton.autotune(configs=WEIGHT_CONFIGS, **_TUNING)
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def weight_gradient_kernel(
     a_ptr,
     b_ptr,

@@ -6,7 +6,7 @@ import triton.language as tl
 from visionmoe.model.gpu.tiles import find_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine_kernel(
     rows_ptr,
     table_ptr,
