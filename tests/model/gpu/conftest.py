@@ -5,6 +5,7 @@ first imported: `test_interpreter.py` starts a process of its own for them. Else
 """
 
 import copy
+import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -50,9 +51,17 @@ class Plain:
         return experts.to(dtype)
 
     def largest_errors(self, run, tokens, logits, experts, make_routing) -> list[float]:
-        """Of `gradients`' seven tensors, relative to max(1, the largest value of each)."""
+        """Of `gradients`' seven tensors, relative to max(1, the largest value of each).
+
+        Both route by float64 probabilities: float32 has ties where float64 has none. `run` gets float32 weights.
+        """
         exact = copy.deepcopy(experts).double()
-        found = gradients(run, tokens, logits, experts, make_routing)
+
+        def make_single(probs):
+            routing = make_routing(probs)
+            return dataclasses.replace(routing, combine_weights=routing.combine_weights.float())
+
+        found = gradients(run, tokens, logits.double(), experts, make_single)
         expected = gradients(run_plain, tokens.double(), logits.double(), exact, make_routing)
         return [
             ((a.double() - b).abs().max() / b.abs().max().clamp_min(1.0)).item()
