@@ -18,7 +18,8 @@ def choose_dispatch(tokens: Tensor, width: int) -> Dispatch:
         return "buffers" if torch.compiler.is_compiling() else "segments"
     if tokens.device.type != "cuda" or torch.compiler.is_exporting():
         return "buffers"  # exported programs hold nothing but torch's own operators
-    return choose_on_cuda(*_abilities(tokens.device.index or 0), tokens.dtype, (tokens.shape[1], width))
+    capability, triton, grouped_mm = _abilities(tokens.device.index or 0)
+    return choose_on_cuda(capability, triton, grouped_mm, tokens.dtype, (tokens.shape[1], width))
 
 
 def choose_on_cuda(

@@ -86,7 +86,8 @@ def shared_bytes(config: Config, itemsize: int) -> int:
 @functools.cache
 def shared_memory(device: int) -> int:
     """Shared memory that one program may use on this CUDA device, in bytes."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the attribute
+    return properties.shared_memory_per_block_optin
 
 
 def bucket(rows: int, experts: int) -> int:

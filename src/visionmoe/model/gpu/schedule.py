@@ -5,7 +5,7 @@ expert; a kept request's place in the buffer of its (expert, group) also is its 
 no sort is needed. P is the most that can be kept, min(G*R, E*G*C); rows behind the last kept request are unused.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,6 @@ def make_schedule(routing: Routing) -> Schedule:
     return Schedule(offsets, token, weights, table.view(-1, experts))
 
 
-def min_size(a: int, b: int) -> int:
+def min_size(a: int, b: int) -> Any:
     """The smaller of two sizes, without a guard where torch.compile has made them symbols."""
     return torch.sym_min(a, b)
