@@ -1,8 +1,10 @@
-"""Tokens to the experts and back. Two ways, equal to float rounding; memory grows with S*K, never with S*E*C.
+"""Tokens to the experts and back. Four ways, equal to float rounding; memory grows with S*K, never with S*E*C.
 
 segments: the kept requests are sorted by expert and each expert runs on its contiguous rows. Cost follows the kept
 requests; the number of rows depends on the data, so the host must know it. No dropout inside the experts.
 buffers: every expert has G*C places, empty ones are zero rows. Shapes are static: compilation, graphs, export.
+triton, grouped (`visionmoe.model.gpu`): the rows of segments with the static shapes of buffers, for GPUs. Who kept
+what stays on the device. Triton kernels, or torch's grouped product. No dropout inside the experts.
 """
 
 import torch

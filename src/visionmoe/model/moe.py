@@ -1,5 +1,6 @@
 """MoE layers: in the place of an MLP of the encoder, (B, T, D) -> (B, T, D)."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,9 +9,20 @@ from torch import Tensor, nn
 from visionmoe.config import MoEConfig, RoutingSetting
 from visionmoe.model.dispatch import run_buffers, run_segments
 from visionmoe.model.experts import Experts
+from visionmoe.model.gpu.choice import Dispatch, choose_dispatch
+from visionmoe.model.gpu.grouped import run_grouped
+from visionmoe.model.gpu.ops import run_triton
 from visionmoe.model.packed import autocast
 from visionmoe.model.router import Router
+from visionmoe.model.routing import Routing
 from visionmoe.model.soft import SoftRouter
+
+RUNNERS: dict[Dispatch, Callable[[Tensor, Routing, Experts], Tensor]] = {
+    "segments": run_segments,
+    "buffers": run_buffers,
+    "grouped": run_grouped,
+    "triton": run_triton,
+}
 
 
 class MoEOutput(NamedTuple):
@@ -25,8 +37,9 @@ class MoE(nn.Module):
     """A sparse layer: router, dispatch, experts (arXiv 2106.05974, section 2).
 
     setting: the routing in force, changed by `VisionTransformer.set_routing`.
-    dispatch: "segments", "buffers", or "auto": segments on a CPU, buffers where static shapes are wanted or the
-    experts drop out.
+    dispatch: "segments", "buffers", "grouped", "triton" (see `visionmoe.model.dispatch`), or "auto": segments on a CPU,
+    buffers there under torch.compile; on a GPU the Triton kernels, else torch's grouped product, else buffers, as
+    `gpu.choice` finds them. Experts that drop out run on buffers.
     """
 
     def __init__(
@@ -35,7 +48,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.setting: RoutingSetting = config.routing(layer)
-        self.dispatch: Literal["auto", "segments", "buffers"] = "auto"
+        self.dispatch: Literal["auto"] | Dispatch = "auto"
         self.router = Router(config, hidden_size)
         self.experts = Experts(
             config.num_experts, hidden_size, mlp_dim, config.expert_dropout_rate, approximate=approximate
@@ -50,16 +63,15 @@ class MoE(nn.Module):
         groups = to_groups(x, self.config)
         routing, auxiliary_loss, metrics = self.router(groups, self.setting)
         tokens = autocast(groups.flatten(0, 1))  # once, before the gather, not for every expert
-        run = run_segments if self._use_segments(x) else run_buffers
-        out = run(tokens, routing, self.experts)
+        out = RUNNERS[self._way(tokens)](tokens, routing, self.experts)
         return MoEOutput(from_groups(out, x.shape[1], self.config.ensemble_size), auxiliary_loss, metrics)
 
-    def _use_segments(self, x: Tensor) -> bool:
+    def _way(self, tokens: Tensor) -> Dispatch:
         if self.training and self.config.expert_dropout_rate:
-            return False
+            return "buffers"
         if self.dispatch == "auto":
-            return x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return self.dispatch == "segments"
+            return choose_dispatch(tokens, self.experts.fc1.bias.shape[1])
+        return self.dispatch
 
 
 class SoftMoE(nn.Module):
