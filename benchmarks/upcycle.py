@@ -4,9 +4,10 @@
     python benchmarks/upcycle.py --recipe cifar10_small --data parquet:PATH --out benchmarks/results/upcycle_cifar.json
 
 For every seed a dense ViT (the recipe's model without experts) is trained for --dense-steps. From its parameters two
-runs go on, both with a new optimizer and the same schedule (warm-up, cosine to 0, peak --rate): the dense model for
---more-steps, and the upcycled one for as many steps as cost the same floating-point operations, so for fewer. A run
-that is interrupted goes on where it was when the command is given again; finished runs in --work are not repeated.
+runs go on, both with a new optimizer and the same schedule (warm-up, cosine to 0, peak --rate; --dense-rate gives the
+dense one its own): the dense model for --more-steps, and the upcycled one for as many steps as cost the same
+floating-point operations, so for fewer. A run that is interrupted goes on where it was when the command is given again;
+finished runs in --work are not repeated.
 """
 
 import argparse
@@ -55,16 +56,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="images in the place of the recipe's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="others than those on which a setting was chosen")
-    parser.add_argument("--dense-steps", type=int, default=1000)
-    parser.add_argument("--more-steps", type=int, default=1000)
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of both continued runs")
-    parser.add_argument("--router-rate", type=float, default=1.0, help="factor on the routers' learning rate")
+    parser.add_argument("--dense-steps", type=int, default=750, help="of the dense ViT before it is upcycled")
+    parser.add_argument("--more-steps", type=int, default=5250, help="of the dense ViT that goes on")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of both continued runs")
+    parser.add_argument("--dense-rate", type=float, help="of the dense one, where another is better for it")
+    parser.add_argument("--router-rate", type=float, default=5.0, help="factor on the routers' learning rate")
     parser.add_argument("--layers", type=int, nargs="+", help="blocks that get experts; default: the recipe's")
     parser.add_argument("--num-experts", type=int, default=8)
-    parser.add_argument("--num-selected-experts", type=int, default=2)
+    parser.add_argument("--num-selected-experts", type=int, default=1)
     parser.add_argument("--capacity-factor", type=float, default=1.5)
-    parser.add_argument("--noise", type=float, default=0.0)
-    parser.add_argument("--no-normalize-weights", action="store_true")
+    parser.add_argument("--noise", type=float, default=0.3)
+    parser.add_argument("--normalize-weights", action=argparse.BooleanOptionalAction, default=False)
     return parser.parse_args()
 
 
@@ -100,7 +102,7 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
         "num_selected_experts": arguments.num_selected_experts,
         "capacity_factor": arguments.capacity_factor,
         "noise": arguments.noise,
-        "normalize_weights": not arguments.no_normalize_weights,
+        "normalize_weights": arguments.normalize_weights,
         "seed": seed,
     }
     models = {"dense": Path(start.out) / "model"}
@@ -109,7 +111,7 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
     flops = {name: count_flops(load(path)) for name, path in models.items()}
     steps = {name: round(arguments.more_steps * flops["dense"] / flops[name]) for name in flops}
     for name, path in models.items():
-        config = continued(dataclasses.replace(base, seed=seed + 1000), arguments, path, steps[name])
+        config = continued(dataclasses.replace(base, seed=seed + 1000), arguments, name, path, steps[name])
         results[name] = run(dataclasses.replace(config, out=str(own_folder(folder / name, config))))
         if results[name] is None:
             return None
@@ -131,12 +133,11 @@ def own_folder(prefix: Path, what: Any) -> Path:
     return prefix.with_name(f"{prefix.name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}")
 
 
-def continued(base: TrainConfig, arguments: argparse.Namespace, model: Path, steps: int) -> TrainConfig:
-    """A run from trained parameters, with the base's images, loss and decay."""
-    schedule = ScheduleConfig("warmup_cosine_decay", peak_value=arguments.rate, warmup_steps=steps // 20)
-    factors = ((r"router\.gate", arguments.router_rate),) if arguments.router_rate != 1 else ()
-    if not load(model).moe_layers:
-        factors = ()
+def continued(base: TrainConfig, arguments: argparse.Namespace, name: str, model: Path, steps: int) -> TrainConfig:
+    """The dense or the upcycled run from trained parameters, with the base's images, loss and decay."""
+    rate = arguments.dense_rate if name == "dense" and arguments.dense_rate is not None else arguments.rate
+    schedule = ScheduleConfig("warmup_cosine_decay", peak_value=rate, warmup_steps=steps // 20)
+    factors = ((r"router\.gate", arguments.router_rate),) if name == "upcycled" and arguments.router_rate != 1 else ()
     optimizer = dataclasses.replace(base.optimizer, learning_rate=schedule, learning_rate_factors=factors)
     return dataclasses.replace(base, model=None, init_from=str(model), optimizer=optimizer, steps=steps)
 

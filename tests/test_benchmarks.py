@@ -1,5 +1,6 @@
 """The scripts that measure the paper's claims: their arithmetic, and the page that they write."""
 
+import dataclasses
 import importlib
 import runpy
 import sys
@@ -85,3 +86,20 @@ def test_a_run_of_another_recipe_is_refused(script, tmp_path: Path):
     runs.check_same(first, first)
     with pytest.raises(ValueError, match="seed is 0, the recipe has 1"):
         runs.check_same(first, second)
+
+
+def test_each_of_the_upcycling_runs_goes_on_at_its_own_rate(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["upcycle.py", "--out", "x", "--rate", "0.002", "--router-rate", "5"])
+    script = runpy.run_path(str(ROOT / "benchmarks" / "upcycle.py"))
+    recipe = dataclasses.replace(script["get_recipe"]("fashion_mnist"), steps=100, epochs=None)
+    for own, dense_rate in ([], 0.002), (["--dense-rate", "0.004"], 0.004):
+        monkeypatch.setattr(sys, "argv", [*sys.argv, *own])
+        arguments = script["parse"]()
+        runs = {name: script["continued"](recipe, arguments, name, Path("m"), 400) for name in ("dense", "upcycled")}
+        # only the upcycled model has routers
+        assert runs["dense"].optimizer.learning_rate_factors == ()
+        assert runs["upcycled"].optimizer.learning_rate_factors == ((r"router\.gate", 5.0),)
+        assert runs["dense"].optimizer.learning_rate.peak_value == dense_rate
+        assert runs["upcycled"].optimizer.learning_rate.peak_value == 0.002
+        # a twentieth of the steps
+        assert {run.optimizer.learning_rate.warmup_steps for run in runs.values()} == {20}

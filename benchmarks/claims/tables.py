@@ -167,12 +167,16 @@ def upcycle(report: Report) -> list[str]:
         top1 = [row[f"top1_{name}"] for row in report["rows"]]
         rows.append([said, f"{steps:,}", added, spread_of(seconds, 1, ".0f"), f"{spread_of(top1)} %"])
     gains = [row["top1_upcycled"] - row["top1_dense"] for row in report["rows"]]
+    losses = [row["loss_upcycled"] - row["loss_dense"] for row in report["rows"]]
+    blocks = ", ".join(map(str, options["layers"])) if options["layers"] else "as in the recipe"
     return [
         *table(["", "steps", "added TFLOP", "seconds", "accuracy"], rows),
         "",
-        f"- Upcycled less dense, at equal added FLOPs: {points(gains, each=True)}.",
+        f"- Upcycled less dense, at equal added FLOPs: {points(gains, each=True)}; in loss "
+        f"{_mean(losses):+.4f} ± {_std(losses):.4f} ({', '.join(f'{loss:+.4f}' for loss in losses)}).",
         f"- Recipe `{options['recipe']}`, E {options['num_experts']}, K {options['num_selected_experts']}, "
-        f"capacity factor {options['capacity_factor']:g}, peak rate {options['rate']:g}; "
+        f"capacity factor {options['capacity_factor']:g}, blocks {blocks}; peak rate {options['rate']:g} "
+        f"(routers {options['router_rate']:g} times that; dense {options.get('dense_rate') or options['rate']:g}); "
         f"{len(report['rows'])} seeds; {report['date']}.",
     ]
 
