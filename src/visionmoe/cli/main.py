@@ -1,6 +1,7 @@
 """Entry point: finds the command, parses its options, and turns every user's mistake into one line and exit code 2."""
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
@@ -34,6 +35,7 @@ EXTRAS = {
     "pyarrow": "data",
 }
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _StandardError(logging.Handler):
@@ -86,8 +88,20 @@ def _run(name: str, arguments: list[str]) -> int:
     chosen = parse(kind, arguments, prog=f"visionmoe {name}")
     if chosen is None:  # --help was asked for and printed
         return DONE
+    keep_freed_memory()
     with warnings_on_stderr():
         return importlib.import_module(module).run(chosen) or DONE
+
+
+def keep_freed_memory() -> None:
+    """glibc keeps freed blocks below 1 GiB for the next ones, and does not give them back to the system each time.
+
+    Else the pages of every large activation are cleared anew in every step (benchmarks/LOG.md has what that costs).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _help() -> str:
