@@ -29,15 +29,15 @@ from visionmoe.data import DataConfig, EvalLoader
 from visionmoe.evaluate.timing import device_name, take_turns
 from visionmoe.files import write_json
 from visionmoe.model import dispatch
-from visionmoe.model.inference import _combine
+from visionmoe.model.inference import combine_rows, gather_rows
 from visionmoe.model.layers import Attention, Mlp
 from visionmoe.model.moe import MoE
-from visionmoe.model.segments import Segments, filled
+from visionmoe.model.packed import linear, pack
+from visionmoe.model.segments import ROWS, Kept
 
 BF16, INT8 = torch.bfloat16, torch.int8
 SIZES = {"B/16": (768, 3072), "S/32": (512, 2048), "demo": (96, 384)}
 SPEED_TARGET, LOSS_TARGET = 1.15, 0.2
-_bf16_product, _bf16_pack = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
 _int8_product, _int8_pack = torch.ops.onednn.qlinear_pointwise, torch.ops.onednn.qlinear_prepack
 
 
@@ -45,10 +45,10 @@ class PackedLinear:
     """A linear layer in bfloat16, laid out once."""
 
     def __init__(self, weight: Tensor, bias: Tensor):
-        self.weight, self.bias = _bf16_pack(weight.detach().to(BF16), None), bias.detach().to(BF16)
+        self.weight, self.bias = pack(weight.detach().to(BF16)), bias.detach().to(BF16)
 
     def __call__(self, x: Tensor, gelu: str | None = None) -> Tensor:
-        return _bf16_product(x, self.weight, self.bias, *(("none", [], "") if gelu is None else ("gelu", [], gelu)))
+        return linear(x, self.weight, self.bias, gelu)
 
 
 class Int8Linear:
@@ -129,14 +129,12 @@ class Pairs(nn.Module):
         return self.run(0, *self.rows(x.flatten(0, -2))).view(x.shape)
 
 
-def infer(tokens: Tensor, weights: Tensor, segments: Segments, experts: Pairs) -> Tensor:
+def infer(tokens: Tensor, weights: Tensor, kept: Kept, experts: Pairs) -> Tensor:
     """`visionmoe.model.inference.infer_segments` over such pairs."""
     rows, *scale = experts.rows(tokens)
-    results = [
-        experts.run(expert, rows.index_select(0, filled(token)), *scale)[: len(token)]
-        for expert, _, token in segments.runs()
-    ]
-    return _combine(torch.cat(results), weights, segments.token, len(tokens))
+    parts, position = gather_rows(rows, kept, [count + -count % ROWS for count in kept.counts])
+    results = [experts.run(expert, part, *scale) for expert, part in enumerate(parts) if len(part)]
+    return combine_rows(torch.cat(results), position, weights, kept.token, len(tokens))
 
 
 def converted(model: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> nn.Module:
@@ -154,6 +152,7 @@ def converted(model: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> 
             stacks = (old.mlp.experts.fc1, old.mlp.experts.fc2)
             layers = [[kind(w, b) for w, b in zip(fc.weight, fc.bias, strict=True)] for fc in stacks]
             block.mlp.experts = Pairs(*layers, old.mlp.experts.approximate)
+            block.mlp.dispatch = "segments"  # which `predict` replaces
     return model
 
 

@@ -35,6 +35,15 @@ def test_help(name: str, script, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "--results" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_other_scripts_find_what_they_import(path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert end.value.code == 0
+    assert "--out" in capsys.readouterr().out
+
+
 def test_the_page_is_what_the_stored_numbers_say(script):
     page = ROOT / "docs" / "results.md"
     text = page.read_text()

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from visionmoe.bench.measure import DTYPES, Case, Row, Setup, in_turns
-from visionmoe.bench.products import can_pack, packed, packed_linear
+from visionmoe.bench.products import can_pack
+from visionmoe.model.packed import linear, pack
 
 COPY, LINEAR, PACKED = "copy", "F.linear", "packed"
 
@@ -31,8 +32,8 @@ def _products(setup: Setup, size: int, dtype: str) -> Any:
         x, weight = (torch.randn(size, size, generator=generator).to(setup.device, DTYPES[dtype]) for _ in range(2))
         calls = {LINEAR: lambda: F.linear(x, weight)}
         if can_pack(setup.device):
-            (own,) = packed([weight])
-            calls[PACKED] = lambda: packed_linear(x, own)
+            own = pack(weight)
+            calls[PACKED] = lambda: linear(x, own, None)
         with torch.no_grad():
             times = in_turns(calls, setup.effort(7, 10.0), setup.device)
         names = {LINEAR: "F.linear", PACKED: "oneDNN's linear layer with a packed weight"}

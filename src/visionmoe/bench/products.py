@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionmoe.model.packed import available, linear, pack
+from visionmoe.model.segments import ROWS
+
 Call = Callable[[], Any]
-_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_PACK: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-ROWS = 16  # rows of an expert are filled up to a multiple of it, which spares oneDNN new kernels
 
 
 def can_pack(device: torch.device) -> bool:
     """Whether oneDNN's linear layer with packed weights and GELU inside it is there."""
-    return device.type == "cpu" and _LINEAR is not None and _PACK is not None and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and available()
 
 
 def mlp_parameters(hidden_size: int, mlp_dim: int, like: Tensor) -> list[Tensor]:
@@ -33,19 +33,13 @@ def mlp(rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 def packed(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The same with the weights in oneDNN's own layout, for `packed_mlp`."""
-    return [_PACK(p.detach(), None) if p.ndim == 2 else p.detach() for p in parameters]
+    return [pack(p.detach()) if p.ndim == 2 else p.detach() for p in parameters]
 
 
 def packed_mlp(rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """oneDNN's linear layers with packed weights, GELU inside the first. (N, D) -> (N, D)."""
     weight1, bias1, weight2, bias2 = parameters
-    hidden = _LINEAR(rows, weight1, bias1, "gelu", [], "tanh")
-    return _LINEAR(hidden, weight2, bias2, "none", [], "")
-
-
-def packed_linear(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows @ weight.T with a weight that `packed` made."""
-    return _LINEAR(rows, weight, None, "none", [], "")
+    return linear(linear(rows, weight1, bias1, "tanh"), weight2, bias2)
 
 
 def per_expert(hidden_size: int, counts: Sequence[int], parameters: Sequence[Sequence[Tensor]]) -> Call:

@@ -25,14 +25,19 @@ ROUNDS, SECONDS = 7, 90.0
 
 @dataclass(frozen=True)
 class Timing:
-    """seconds: median of one call, for each that was timed. rounds: how often each ran, one uncounted call before.
+    """each: the seconds of every counted call, by what was timed and by round; one uncounted call ran before."""
 
-    each: the seconds of every counted call, by what was timed and by round.
-    """
+    each: tuple[tuple[float, ...], ...]
 
-    seconds: tuple[float, ...]
-    rounds: int
-    each: tuple[tuple[float, ...], ...] = ()
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Median of one call, for each that was timed."""
+        return tuple(statistics.median(own) for own in self.each)
+
+    @property
+    def rounds(self) -> int:
+        """How often each ran."""
+        return len(self.each[0])
 
 
 def take_turns(
@@ -59,8 +64,7 @@ def take_turns(
         now = time.perf_counter()
         if number and now - start + (now - began) > max_seconds:
             break
-    counted = tuple(tuple(own[1:]) for own in times)
-    return Timing(tuple(statistics.median(own) for own in counted), len(counted[0]), counted)
+    return Timing(tuple(tuple(own[1:]) for own in times))
 
 
 def forward_call(model: nn.Module, images: Tensor, *, autocast: bool = False) -> Callable[[], None]:

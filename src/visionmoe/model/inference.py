@@ -1,5 +1,6 @@
 """Experts on segments without a backward pass: one gather, the experts' products, one pass that combines the rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,14 +26,13 @@ def infer_segments(tokens: Tensor, weights: Tensor, kept: Kept, experts: nn.Modu
     first, second = fc1.packed.of(fc1.weight, tokens), fc2.packed.of(fc2.weight, tokens)
     bias1, bias2 = fc1.bias.to(tokens.dtype), fc2.bias.to(tokens.dtype)
     sizes = [_filled(count, tokens, fc1.weight, first[0].is_mkldnn) for count in kept.counts]
-    position = kept.positions(sizes)
-    index = kept.token.new_zeros(sum(sizes)).scatter_(0, position, kept.token)
+    parts, position = gather_rows(tokens, kept, sizes)
     results = []
-    for expert, rows in enumerate(tokens.index_select(0, index).split(sizes)):
+    for expert, rows in enumerate(parts):
         if len(rows):
             hidden = linear(rows, first[expert], bias1[expert], experts.approximate)  # type: ignore[arg-type]
             results.append(linear(hidden, second[expert], bias2[expert]))
-    return _combine(torch.cat(results), position, weights, kept.token, len(tokens))
+    return combine_rows(torch.cat(results), position, weights, kept.token, len(tokens))
 
 
 def _filled(count: int, tokens: Tensor, weight: Tensor, packed: bool) -> int:
@@ -43,7 +43,14 @@ def _filled(count: int, tokens: Tensor, weight: Tensor, packed: bool) -> int:
     return count + -count % ROWS if fills else count
 
 
-def _combine(rows: Tensor, position: Tensor, weights: Tensor, token: Tensor, num_tokens: int) -> Tensor:
+def gather_rows(tokens: Tensor, kept: Kept, sizes: Sequence[int]) -> tuple[Sequence[Tensor], Tensor]:
+    """The rows of each expert, E times (sizes[e], D), filled up with token 0; and (R,) the requests' rows in all."""
+    position = kept.positions(sizes)
+    index = kept.token.new_zeros(sum(sizes)).scatter_(0, position, kept.token)
+    return tokens.index_select(0, index).split(list(sizes)), position
+
+
+def combine_rows(rows: Tensor, position: Tensor, weights: Tensor, token: Tensor, num_tokens: int) -> Tensor:
     """Weighted sum of each token's rows, rows[position], in one pass. position, weights and token (R,) -> (N, D)."""
     if (token[1:] < token[:-1]).any():  # expert choice: ordered by expert, not by token
         order = torch.argsort(token, stable=True)

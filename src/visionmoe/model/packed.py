@@ -5,6 +5,7 @@ the product of a few hundred rows; `PackedWeights` keeps them instead. decisions
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,16 @@ def uses_onednn(x: Tensor, weight: Tensor, rows: int, gelu: bool) -> bool:
     return x.dtype == torch.float32 and large and (gelu or mkl_is_slow())
 
 
+def pack(weight: Tensor) -> Tensor:
+    """A copy of weight (out, in) in oneDNN's own layout, for `linear`. Where it is `available`."""
+    return _PACK(weight, None)
+
+
 def available() -> bool:
-    return _LINEAR is not None and bool(torch.backends.mkldnn.enabled) and not torch.jit.is_tracing()
+    """Whether this torch has oneDNN's linear layer, and may use it now."""
+    return (
+        _LINEAR is not None and _PACK is not None and bool(torch.backends.mkldnn.enabled) and not torch.jit.is_tracing()
+    )
 
 
 @functools.cache
@@ -90,13 +99,13 @@ class PackedWeights:
             return weight.unbind()
         origin, packed = (weight.data_ptr(), weight._version, x.dtype), self._packed
         if self._origin != origin or not torch.equal(self._sample, _sample(weight)):
-            packed = [_PACK(part.detach().to(x.dtype), None) for part in weight]
+            packed = [pack(part.detach().to(x.dtype)) for part in weight]
             self._origin, self._sample, self._packed = origin, _sample(weight).clone(), packed
         return packed
 
     def _packs(self, weight: Tensor, x: Tensor) -> bool:
         size = weight.numel() * x.element_size()
-        if _PACK is None or size > MAX_PACKED_BYTES or not weight.is_contiguous() or weight.is_inference():
+        if size > MAX_PACKED_BYTES or not weight.is_contiguous() or weight.is_inference():
             return False
         if x.dtype == torch.float32:
             return mkl_is_slow() and weight[0].numel() >= PACKED_SIZE and uses_onednn(x, weight, FUSED_PRODUCT, False)
@@ -133,10 +142,7 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _linear_flop(x_shape: Sequence[int], weight_shape: Sequence[int], *rest: Any, **options: Any) -> int:
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
-    return mm_flop((rows, x_shape[-1]), (weight_shape[1], weight_shape[0]))
+    return mm_flop((math.prod(x_shape[:-1]), x_shape[-1]), (weight_shape[1], weight_shape[0]))
 
 
 if _LINEAR is not None and _LINEAR not in flop_registry:

@@ -10,8 +10,6 @@ from visionmoe.config import MoEConfig, RoutingSetting
 from visionmoe.model import routing
 from visionmoe.model.routing import Routing
 
-ROWS = 512  # that are cast to float32 at a time, so that they stay in the cache
-
 
 class Router(nn.Module):
     """Noisy top-K router, optionally of an ensemble (arXiv 2106.05974 section 2.2, 2110.03360), or expert choice.
@@ -31,7 +29,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, setting: RoutingSetting) -> tuple[Routing, Tensor, dict[str, Tensor]]:
         """x: (G, S, D). Returns the routing, the auxiliary loss () and metrics; losses per group (and member)."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self._logits(x)  # (G, M, S/M, E/M)
+            logits = self._logits(x.float())  # (G, M, S/M, E/M)
             noise_std = self.config.router_noise / logits.shape[-1] if self.training else 0.0
             noisy = logits + noise_std * torch.randn_like(logits) if noise_std else logits
             probs = torch.softmax(noisy, dim=-1)
@@ -44,7 +42,7 @@ class Router(nn.Module):
     def probabilities(self, x: Tensor) -> Tensor:
         """Noise-free probabilities of each member's own experts. (G, S, D) -> (G, M, S/M, E/M)."""
         with torch.autocast(x.device.type, enabled=False):
-            return torch.softmax(self._logits(x), dim=-1)
+            return torch.softmax(self._logits(x.float()), dim=-1)
 
     def _logits(self, x: Tensor) -> Tensor:
         """(G, S, D) -> (G, M, S/M, E/M); without an ensemble M is 1."""
@@ -54,10 +52,8 @@ class Router(nn.Module):
             raise ValueError(f"group_size must be a multiple of ensemble_size {members}, got {size}")
         weight = self.gate.weight.float()
         if members == 1:
-            parts = x.flatten(0, 1).split(ROWS) if x.dtype != weight.dtype else [x.flatten(0, 1)]
-            logits = torch.cat([F.linear(part.float(), weight) for part in parts])
-            return logits.view(groups, 1, size, -1)
-        x = x.float().view(groups, size // members, members, dim)
+            return F.linear(x, weight)[:, None]
+        x = x.view(groups, size // members, members, dim)
         return torch.einsum("gsmd,med->gmse", x, weight.view(members, -1, dim))
 
     def _losses(self, logits: Tensor, noisy: Tensor, probs: Tensor, noise_std: float, k: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from visionmoe.model.routing import Routing
+from visionmoe.model.segments import flat_tokens
 
 
 class Schedule(NamedTuple):
@@ -39,7 +40,7 @@ def make_schedule(routing: Routing) -> Schedule:
     ends = counts.cumsum(0)
     row = (ends - counts)[cell] + routing.buffer_index.reshape(-1)
     row = torch.where(kept, row, most)  # dropped requests meet in one row behind the end
-    tokens = (routing.token_index + group * routing.num_tokens).reshape(-1)
+    tokens = flat_tokens(routing).view(-1)
     token = torch.zeros(most + 1, dtype=torch.int32, device=device).scatter(0, row, tokens.int())[:-1]
     combine = torch.where(kept, routing.combine_weights.reshape(-1), 0.0)
     weights = combine.new_zeros(most + 1).scatter(0, row, combine)[:-1]
