@@ -77,17 +77,19 @@ def save_run_state(
         final = parent / f"step_{step:08d}"
         old = parent / f"{_OLD}{final.name}"
         if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():
+                _remove(old)
             final.rename(old)
         temporary.rename(final)
         sync(parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            _remove(old)
     finally:
         _clear_partial(parent)
     if keep_last is not None:
         for _, path in list_checkpoints(run_dir)[:-keep_last]:
             if path != final:
-                shutil.rmtree(path)
+                _remove(path)
     return final
 
 
@@ -157,7 +159,7 @@ def remove_newer(path: str | os.PathLike) -> list[Path]:
     checkpoints = [folder for _, folder in list_checkpoints(Path(path).parent.parent)]
     newer = checkpoints[checkpoints.index(Path(path)) + 1 :]
     for folder in newer:
-        shutil.rmtree(folder)
+        _remove(folder)
     return newer
 
 
@@ -200,6 +202,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint. It loses its name first, so that a kill half-way leaves no folder that looks whole."""
+    nameless = path.with_name(f"{_NOT_YET}{uuid.uuid4().hex}")
+    path.rename(nameless)
+    shutil.rmtree(nameless)
 
 
 def _clear_partial(parent: Path) -> None:
