@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{command}: {_message(error)}", file=sys.stderr)
         return MISTAKE
     except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ == "LostRankError":
+            print(f"visionmoe {name}: {error}", file=sys.stderr)
+            return FAILED
         if os.environ.get("VISIONMOE_DEBUG") or not _is_out_of_memory(error):
             raise
         reason = one_line(str(error)).rpartition("DefaultCPUAllocator: ")[2].partition(". ")[0] or "of Python"
@@ -88,9 +91,25 @@ def _run(name: str, arguments: list[str]) -> int:
     chosen = parse(kind, arguments, prog=f"visionmoe {name}")
     if chosen is None:  # --help was asked for and printed
         return DONE
+    if (processes := getattr(chosen, "nproc", None)) is not None and "RANK" not in os.environ:
+        if processes < 1:
+            raise UsageError(f"--nproc must be >= 1, got {processes}")
+        if processes > 1:
+            from visionmoe.distributed.launch import launch
+
+            return launch(processes, [name, *arguments])
     keep_freed_memory()
-    with warnings_on_stderr():
+    with warnings_on_stderr(), _job():
         return importlib.import_module(module).run(chosen) or DONE
+
+
+def _job() -> contextlib.AbstractContextManager:
+    """The job of processes that torchrun started, where it did."""
+    if "RANK" not in os.environ:
+        return contextlib.nullcontext()
+    from visionmoe.distributed.world import joined
+
+    return joined()
 
 
 def keep_freed_memory() -> None:

@@ -41,6 +41,11 @@ class Train:
     """Any field of the run's config, e.g. optimizer.learning_rate.peak_value=0.001. May be repeated."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint."""
+    nproc: Integer = None
+    """Processes on this machine that train together, as torchrun would start them."""
+    parallel: Text = None
+    """How they share the work, e.g. dp=2,ep=2: data parallel, fully sharded (fsdp), experts split (ep). Their product
+    is the number of processes. Default: all data parallel."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class Finetune:
     """Any field of the run's config. May be repeated."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint."""
+    nproc: Integer = None
+    """Processes on this machine that train together, as torchrun would start them."""
+    parallel: Text = None
+    """How they share the work, e.g. dp=2,ep=2: data parallel, fully sharded (fsdp), experts split (ep). Their product
+    is the number of processes. Default: all data parallel."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,8 @@ class ModelOnImages:
     """Compute in bfloat16 where that is safe."""
     device: Text = None
     """cpu, cuda, ... Default: a GPU where there is one."""
+    nproc: Integer = None
+    """Processes on this machine that share the work, as torchrun would start them."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,40 @@
+"""`visionmoe COMMAND --nproc N`: starts the command N times on this machine, as torchrun would."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+_PATIENCE = 25  # seconds that ranks get to leave by themselves when one of them has ended
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Runs `python -m visionmoe ARGUMENTS` in so many processes; returns the exit code of the first one that failed.
+
+    When one ends, the others are told to, and after 25 seconds made to: no process is left behind.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="visionmoe",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=_PATIENCE,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "visionmoe", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            reason = f"rank {rank} of {processes} was killed ({failure.signal_name()})"
+            print(f"visionmoe: {reason}; the others were stopped", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as signal:
+        return 128 + signal.sigval.value
+    return 0

@@ -1,0 +1,132 @@
+"""The processes of one job, as torchrun starts them; without torchrun a job is one process and nothing here does a
+thing."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+TIMEOUT = datetime.timedelta(minutes=10)  # of one collective call: then a rank is taken to be lost
+_LOST = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "timed out", "socket",
+         "nccl", "remote process")  # fmt: skip
+
+
+class LostRankError(RuntimeError):
+    """Another process of the job is gone, so this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of `size` processes; local_rank among those on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def requested() -> World:
+    """What torchrun's environment variables say; one process without them. ValueError for a broken environment."""
+    if "RANK" not in os.environ:
+        return World()
+    try:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, size, local = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        raise ValueError(
+            "RANK is set, so WORLD_SIZE and LOCAL_RANK must be integers, too: start with torchrun"
+        ) from None
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK must be between 0 and WORLD_SIZE - 1, got {rank} of {size}")
+    return World(rank, size, local)
+
+
+def current() -> World:
+    """The job that this process has joined; one process where it has not."""
+    if not dist.is_initialized():
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: "cuda" is the GPU of its local rank where torchrun started it."""
+    if device.type == "cuda" and device.index is None and requested().size > 1:
+        return torch.device("cuda", requested().local_rank)
+    return device
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """Joins the job that torchrun started, and leaves it at the end. NCCL between GPUs, gloo between CPUs.
+
+    In a process that has joined already, or was not started by torchrun, it changes nothing. Errors of communication
+    become LostRankErrors. The first rank that fails by a user's mistake or a lost rank raises it; the others that follow
+    end with SystemExit, so that one line is printed, not one per rank.
+    """
+    if dist.is_initialized() or requested().size == 1:
+        yield current()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(requested().local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        with lost_ranks_named():
+            yield current()
+    except (ValueError, OSError, LostRankError) as error:
+        if store.add("visionmoe/failed", 1) > 1:
+            raise SystemExit(1 if isinstance(error, LostRankError) else 2) from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Within it, an error of communication is a LostRankError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, LostRankError) or not any(sign in text.lower() for sign in _LOST):
+            raise
+        raise LostRankError(
+            f"rank {current().rank} of {current().size} stops: another process of the job has ended or does not "
+            f"answer ({text[:200]})"
+        ) from error
+
+
+def gather(value: T) -> list[T]:
+    """Every process's `value` (small, plain Python), by rank, on every process. Collective."""
+    size = current().size
+    if size == 1:
+        return [value]
+    values: list[T | None] = [None] * size
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def from_first(value: T) -> T:
+    """The first process's `value` (small, plain Python), on every process. Collective."""
+    if current().size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if current().size > 1:
+        dist.barrier()
