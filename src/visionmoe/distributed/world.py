@@ -69,8 +69,8 @@ def joined() -> Iterator[World]:
     """Joins the job that torchrun started, and leaves it at the end. NCCL between GPUs, gloo between CPUs.
 
     In a process that has joined already, or was not started by torchrun, it changes nothing. Errors of communication
-    become LostRankErrors. The first rank that fails by a user's mistake or a lost rank raises it; the others that follow
-    end with SystemExit, so that one line is printed, not one per rank.
+    become LostRankErrors. The first rank that fails by a user's mistake or a lost rank raises it; the others that
+    follow end with SystemExit, so that one line is printed, not one per rank.
     """
     if dist.is_initialized() or requested().size == 1:
         yield current()
