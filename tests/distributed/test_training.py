@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tests.distributed.jobs import run_job
-from tests.distributed.training import Case, train, train_all
+from tests.distributed.starting import start
+from tests.distributed.training import Case, config_of, train, train_all
+
+import visionmoe as vm
 
 ADAFACTOR = {"name": "adafactor", "min_dim_size_to_factor": 4, "momentum": 0.9}
 SGD = {"name": "sgd", "momentum": 0.9, "gradient_scale": (("router", 0.5),)}
@@ -39,9 +42,34 @@ def test_four_processes_equal_one(layout, tmp_path):
     check(layout, 4, tmp_path)
 
 
+STARTS = [
+    Case("learned", model={"pooling": "map", "representation_size": 8}, moe={"split_rngs": True}),
+    Case("soft", model={"attention_qk_norm": True}, moe={"router": "soft"}),
+]
+
+
+@pytest.mark.parametrize("case", STARTS, ids=lambda case: case.name)
+def test_a_skeleton_gets_the_parameters_of_a_model_that_was_made_as_a_whole(case):
+    model = vm.VisionTransformer(config_of(case))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))  # what is not set shows
+    torch.manual_seed(7)
+    model.reset_parameters()
+    expected = dict(model.named_parameters())
+    for name, found in start(None, case).items():
+        assert torch.equal(found, expected[name].detach()), name
+
+
+def start_and_train(layout: str, first: Case, cases: list[Case]) -> dict[str, Any]:
+    return {"start": start(layout, first)} | train_all(cases)
+
+
 def check(layout: str, processes: int, folder: Path) -> None:
-    cases = variants(layout)
-    by_rank = run_job(processes, train_all, folder, cases)
+    cases, expected_start = variants(layout), start(None, STARTS[0])
+    by_rank = run_job(processes, start_and_train, folder, layout, STARTS[0], cases)
+    for found in by_rank:
+        assert all(torch.equal(found["start"][name], value) for name, value in expected_start.items())
     for case in cases:
         expected = train(dataclasses.replace(case, layout=None))
         assert not all(expected["applied"]) if case.bad_step else all(expected["applied"])

@@ -31,12 +31,11 @@ class Case:
     bad_step: tuple[int, int] | None = None  # (step, image of the global batch) that is not finite
 
 
-def make_model(case: Case) -> vm.VisionTransformer:
+def config_of(case: Case) -> vm.ModelConfig:
     moe = {"num_experts": 4, "layers": (1, 2), "group_size": "image", "capacity_factor": 1.0} | case.moe
     config = {"image_size": 16, "patch_size": 4, "num_classes": CLASSES, "hidden_size": 16, "num_layers": 3,
               "mlp_dim": 24, "num_heads": 2} | case.model  # fmt: skip
-    torch.manual_seed(0)
-    return vm.create_model(vm.ModelConfig(**config, moe=vm.MoEConfig(**moe)))
+    return vm.ModelConfig(**config, moe=vm.MoEConfig(**moe))
 
 
 def images_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +47,8 @@ def images_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def train(case: Case, steps: int = STEPS) -> dict[str, Any]:
     """Losses, norms, gradients of the first step, parameters and logits at the end: of the whole job."""
     world = current()
-    model, device = make_model(case), torch.device("cpu")
+    torch.manual_seed(0)
+    model, device = vm.create_model(config_of(case)), torch.device("cpu")
     parallel = Parallel(Layout.parse(case.layout, world.size), world)
     parallel.spread(model, device)
     common = {"learning_rate": 1e-3, "gradient_clip": {"global_norm": 1.0}} | case.optimizer

@@ -19,6 +19,7 @@ from visionmoe.data.sources import Source, open_source
 from visionmoe.distributed.layout import Layout
 from visionmoe.distributed.world import current, from_first, own_device
 from visionmoe.files import write_json
+from visionmoe.model.skeleton import materialise, skeleton
 from visionmoe.model.vit import ModelOutput, VisionTransformer
 from visionmoe.train.config import TrainConfig, read_config
 from visionmoe.train.ema import Ema
@@ -84,8 +85,12 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
     _check_folder(config, resume)
     path = from_first(latest_good(config.out) if resume and world.is_first else None)
     saved = None if path is None else load_run_state(path)
-    model = _model(config, source.class_names, saved, notes).to(device)
+    model, empty = _model(config, source.class_names, saved, notes)
     parallel.spread(model, device)
+    if empty:
+        seed_everything(config.seed, _INITIALISATION)
+        materialise(model, device)
+    model.to(device)
     assert config.steps is not None
     optimizer = _optimizer(config, model, config.steps)
     ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
@@ -159,16 +164,16 @@ def _optimizer(config: TrainConfig, model: VisionTransformer, steps: int) -> Sch
 
 def _model(
     config: TrainConfig, class_names: tuple[str, ...], saved: RunState | None, notes: list[str]
-) -> VisionTransformer:
-    """The model with its first parameters; with `saved`, of the saved config (its parameters come later).
+) -> tuple[VisionTransformer, bool]:
+    """The model, and whether it is a skeleton yet: of the saved config, or to be trained from scratch.
 
     Adds to `notes` what was decided about a fine-tuned model's head.
     """
     if saved is not None:
-        return VisionTransformer(from_dict(ModelConfig, saved.state["model"]))
-    seed_everything(config.seed, _INITIALISATION)
+        return skeleton(VisionTransformer, from_dict(ModelConfig, saved.state["model"])), True
     if config.model is not None:
-        return VisionTransformer(config.model)
+        return skeleton(VisionTransformer, config.model), True
+    seed_everything(config.seed, _INITIALISATION)  # of a new head's or other new parameters
     assert config.init_from is not None
     fixed = {
         "image_size": config.data.image_size,
@@ -184,7 +189,7 @@ def _model(
     notes.append(head.reason)
     if head.new and config.steps == 0:
         notes.append("0 steps: a head that was not trained classifies no better than chance")
-    return load(config.init_from, config.init_config, new_head=head.new, **options)
+    return load(config.init_from, config.init_config, new_head=head.new, **options), False
 
 
 def _with_options(stored: ModelConfig, options: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
