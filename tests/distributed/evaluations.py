@@ -1,12 +1,13 @@
-"""Evaluations of tiny models, run by one process or by each process of a job: `evaluations.py FOLDER`.
+"""Evaluations of tiny models, run by each process of a job, and before by the first one alone: `evaluations.py FOLDER`.
 
-Every process leaves what it got in FOLDER/rank-<r>.json. Floats are written so that equal text is equal bits.
+What they gave is left in FOLDER/alone.json and FOLDER/rank-<r>.json. Equal text of a float is equal bits.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from visionmoe.config import RoutingSetting
 from visionmoe.data import DataConfig, EvalLoader
 from visionmoe.data.decode import BrokenImageError
 from visionmoe.data.sources import ArraySource
-from visionmoe.distributed.world import current, from_first, joined
+from visionmoe.distributed.world import current, from_first, joined, requested
 from visionmoe.evaluate.calibrated import CalibratedEvaluator
 from visionmoe.evaluate.classify import ClassificationEvaluator
 from visionmoe.evaluate.features import FeatureCache, extract
@@ -35,6 +36,7 @@ CONFIG = vm.ModelConfig(
 )  # fmt: skip
 BATCH = 8
 BROKEN = {3, *range(16, 24), 50}  # one of batch 0, all of batch 2, one of the last batch
+LONG, FEW = 91, {3, 20, 90}  # twelve batches, so that each of four processes has three
 
 
 class Images(ArraySource):
@@ -123,12 +125,12 @@ def stop_after(calls: int) -> Any:
 
 def cached(folder: Path) -> list[Any]:
     """Extracted, stopped on the way and taken up, then read."""
-    place, images = folder / "features", loader(51, BROKEN)
+    place, images = folder / "features", loader(LONG, FEW)
     with contextlib.suppress(Stop):
         FeatureCache(place, save_seconds=0).features(model(), images, on_batch=stop_after(3 if alone() else 2))
     before = sorted(path.name.partition(".")[2] for path in place.iterdir()) if current().is_first else []
-    made = FeatureCache(place).features(model(), loader(51, BROKEN))
-    again = FeatureCache(place).features(model(), loader(51, BROKEN))
+    made = FeatureCache(place).features(model(), loader(LONG, FEW))
+    again = FeatureCache(place).features(model(), loader(LONG, FEW))
     assert (made.cached, again.cached) == (False, True)
     assert not current().is_first or before[0] == "part-0000.safetensors"
     assert len(list(place.iterdir())) == 1
@@ -158,13 +160,13 @@ def per_image() -> Any:
 def analysed(folder: Path) -> dict[str, Any]:
     """Stopped on the way and taken up."""
     config = AnalysisConfig(seeds=1, permutations=2, gallery=3, save_seconds=0)
-    images = loader(51, BROKEN)
+    images = loader(LONG, FEW)
     analysis = Analysis(model(), images, folder / "analysis", config)
     with contextlib.suppress(Stop):
         analysis.run_statistics(analysis.load_statistics(), stop_after(3 if alone() else 2))
-    analysis = Analysis(model(), loader(51, BROKEN), folder / "analysis", config)
+    analysis = Analysis(model(), loader(LONG, FEW), folder / "analysis", config)
     statistics = analysis.load_statistics()
-    assert 0 < statistics.next_image < 51
+    assert 0 < statistics.next_image < LONG
     analysis.run_statistics(statistics, lambda images: None)
     tables = {
         f"{layer} {name}": [list(array.shape), array.tolist()]
@@ -225,9 +227,12 @@ def without_times(value: Any) -> Any:
 
 def run(folder: Path) -> None:
     torch.set_num_threads(1)
+    if requested().is_first:
+        job = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        (folder / "alone.json").write_text(json.dumps(results(folder / "alone")))
+        os.environ.update(job)
     with joined() as world:
-        found = results(folder)
-        (folder / f"rank-{world.rank}.json").write_text(json.dumps(found, sort_keys=True))
+        (folder / f"rank-{world.rank}.json").write_text(json.dumps(results(folder / "job")))
 
 
 if __name__ == "__main__":

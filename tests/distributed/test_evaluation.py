@@ -24,14 +24,13 @@ def free_port() -> int:
 
 
 def run(folder: Path, processes: int) -> list[dict[str, Any]]:
-    """What every process got."""
-    folder.mkdir()
+    """What one process got alone, then what every process of a job got."""
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (job if processes > 1 else {})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | job
     started = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder)],
-            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -40,25 +39,31 @@ def run(folder: Path, processes: int) -> list[dict[str, Any]]:
     ]
     said = [one.communicate(timeout=280)[0] for one in started]
     assert [one.returncode for one in started] == [0] * processes, "\n".join(said)
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+    names = ["alone", *(f"rank-{rank}" for rank in range(processes))]
+    return [json.loads((folder / f"{name}.json").read_text()) for name in names]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("alone") / "out", 1)[0]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pair")
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("pair") / "out", 2)
+def pair(folder: Path) -> list[dict[str, Any]]:
+    return run(folder, 2)
+
+
+@pytest.fixture(scope="module")
+def alone(pair: list[dict[str, Any]]) -> dict[str, Any]:
+    return pair[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_give_what_one_gives(name: str, alone: dict[str, Any], pair: list[dict[str, Any]]):
-    check(name, alone, pair)
+def test_two_processes_give_what_one_gives(name: str, pair: list[dict[str, Any]]):
+    check(name, *pair)
 
 
-def check(name: str, alone: dict[str, Any], job: list[dict[str, Any]]) -> None:
+def check(name: str, alone: dict[str, Any], *job: dict[str, Any]) -> None:
     assert set(alone) == set(NAMES)
     assert alone[name]
     for rank, own in enumerate(job):
@@ -75,16 +80,16 @@ def test_what_one_process_gives(alone: dict[str, Any]):
     assert found["loss"] != alone["one batch"]["loss"]
     assert alone["features"]["shape"] == [41, 16]
     assert [text.partition(" images")[0] for text in alone["too many broken"]] == ["4 of 33"] * 2
-    assert alone["analysis"]["images"] == 41
+    assert alone["analysis"]["images"] == 88
     assert set(alone["commands"]) == {"evaluate", "sweep", "tune", "fewshot", "analyze"}
     assert alone["commands"]["analyze"]["num_images"] == 35
 
 
 @pytest.mark.distributed4
-def test_four_processes_give_what_one_gives(alone: dict[str, Any], tmp_path: Path):
-    job = run(tmp_path / "out", 4)
+def test_four_processes_give_what_one_gives(tmp_path: Path):
+    found = run(tmp_path, 4)
     for name in NAMES:
-        check(name, alone, job)
+        check(name, *found)
 
 
 def visionmoe(*arguments: str) -> tuple[int, str, str]:
@@ -93,9 +98,10 @@ def visionmoe(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def saved(pair: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> str:
-    del pair  # it has left a model
-    return str(next(tmp_path_factory.getbasetemp().glob("pair*/out/model")))
+def saved(pair: list[dict[str, Any]], folder: Path) -> str:
+    """The model that the job left."""
+    assert pair
+    return str(folder / "job" / "model")
 
 
 def test_one_command_with_two_processes(saved: str, alone: dict[str, Any], tmp_path: Path):
