@@ -100,6 +100,8 @@ def results(folder: Path) -> dict[str, Any]:
 def classified(made: vm.VisionTransformer, images: Any, **options: Any) -> dict[str, Any]:
     told: list[int] = []
     result = ClassificationEvaluator(images, on_batch=told.append, **options)(made)
+    if current().is_first and isinstance(images, EvalLoader) and not images.broken:
+        assert sum(told) == images.num_images  # the first process tells of all
     assert result.pop("images_per_second") > 0 and result.pop("model_images_per_second") > 0
     return result | {"broken in order": list(result["broken_images"])}
 
@@ -192,7 +194,7 @@ def too_many_broken() -> list[str]:
 def commands(folder: Path) -> dict[str, Any]:
     """Results of commands but for times, from the embedded images."""
     if current().is_first:
-        model(image_size=28, patch_size=14, num_classes=10).save_pretrained(folder / "model")
+        model(image_size=28, patch_size=14, num_classes=10, num_layers=2, layers=(1,)).save_pretrained(folder / "model")
     from_first(None)
     images = ["--data", "fashion-mnist", "--batch-size", "8", "--device", "cpu"]
     some = [*images, "--split", "test[:35]"]
