@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import visionmoe as vm
-from visionmoe.train.optim import create_optimizer, global_norm
+from visionmoe.distributed.tensors import global_norm
+from visionmoe.train.optim import create_optimizer
 from visionmoe.train.scaling import factor_plan
 
 EVERY_OPTIMIZER = [

@@ -74,7 +74,7 @@ def save_run_state(
         entries = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files}
         manifest = {"step": step, "files": entries}
         write_json(temporary / "manifest.json", {**manifest, "sha256": _own_digest(manifest)})
-        final = parent / f"step_{step:08d}"
+        final = checkpoint_path(run_dir, step)
         old = parent / f"{_OLD}{final.name}"
         if final.exists():
             if old.exists():
@@ -91,6 +91,11 @@ def save_run_state(
             if path != final:
                 _remove(path)
     return final
+
+
+def checkpoint_path(run_dir: str | os.PathLike, step: int) -> Path:
+    """The folder of checkpoint `step`."""
+    return Path(run_dir) / FOLDER / f"step_{step:08d}"
 
 
 def list_checkpoints(run_dir: str | os.PathLike) -> list[tuple[int, Path]]:

@@ -14,6 +14,8 @@ from visionmoe.cli.options import Finetune, Train
 from visionmoe.cli.shared import data_of_run, model_folder, output_folder
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
+from visionmoe.distributed.layout import Layout
+from visionmoe.distributed.world import current, requested
 from visionmoe.evaluate.classify import ClassificationEvaluator
 from visionmoe.evaluate.fewshot import FewShotEvaluator
 from visionmoe.model.vit import VisionTransformer
@@ -32,9 +34,11 @@ def run(options: Train | Finetune) -> int:
     try:
         results = train(config, resume=options.resume)
     except TrainingDivergedError as error:
-        print(f"visionmoe: {error}", file=sys.stderr)
+        if current().is_first:
+            print(f"visionmoe: {error}", file=sys.stderr)
         return 1
-    report(config, results)
+    if current().is_first:
+        report(config, results)
     return results["exit_code"]
 
 
@@ -162,9 +166,20 @@ def changed(config: TrainConfig, options: Train | Finetune, out: Path) -> TrainC
     if isinstance(options, Finetune) and options.image_size is not None:
         assignments.append(f"image_size={options.image_size}")
     data = config.data if options.data is None else dataclasses.replace(config.data, source=options.data)
-    config = assign(dataclasses.replace(config, data=data, out=str(out)), [*assignments, *options.assignments])
+    config = dataclasses.replace(config, data=data, out=str(out))
+    config = dataclasses.replace(config, parallel=options.parallel or fitting(config.parallel))
+    config = assign(config, [*assignments, *options.assignments])
     check_warmup(config, options.assignments)
     return config
+
+
+def fitting(parallel: str | None) -> str | None:
+    """The layout of a stored config, where the job has as many processes; else None: a resumed run may have others."""
+    try:
+        Layout.parse(parallel, requested().size)
+    except ValueError:
+        return None
+    return parallel
 
 
 def check_warmup(config: TrainConfig, assignments: Iterable[str]) -> None:

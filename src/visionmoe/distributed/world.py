@@ -102,8 +102,7 @@ def lost_ranks_named() -> Iterator[None]:
         if isinstance(error, LostRankError) or not any(sign in text.lower() for sign in _LOST):
             raise
         raise LostRankError(
-            f"rank {current().rank} of {current().size} stops: another process of the job has ended or does not "
-            f"answer ({text[:200]})"
+            f"rank {current().rank} of {current().size} stops: another process of the job has ended or does not answer"
         ) from error
 
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionmoe.distributed.exchange import ExpertExchange
+from visionmoe.distributed.tensors import local
 from visionmoe.model.packed import PackedWeights
 
 
@@ -31,6 +33,7 @@ class Experts(nn.Module):
     """E two-layer MLPs with GELU (arXiv 2106.05974, section 2.2). `visionmoe.model.dispatch` runs them.
 
     approximate: "tanh" or "none", the forms of GELU as torch names them.
+    exchange: set where the experts are split over processes; the parameters are then DTensors.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Experts(nn.Module):
         self.fc1 = ExpertLinear(num_experts, hidden_size, mlp_dim)
         self.fc2 = ExpertLinear(num_experts, mlp_dim, hidden_size)
         self.dropout = nn.Dropout(dropout_rate)
+        self.exchange: ExpertExchange | None = None
 
     def reset_parameters(self, split_rngs: bool) -> None:
         self.fc1.reset_parameters(split_rngs)
@@ -54,6 +58,15 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Every expert on its own N rows. (E, N, D) -> (E, N, D)."""
-        hidden = torch.matmul(rows, self.fc1.weight.transpose(1, 2)) + self.fc1.bias[:, None]
+        if self.exchange is not None:
+            return self.exchange(rows, self._run, equal=self.training)
+        return self._run(rows, slice(None))
+
+    def _run(self, rows: Tensor, own: slice) -> Tensor:
+        """Some of the experts that this process holds. (e, N, D) -> (e, N, D)."""
+        weight1, bias1, weight2, bias2 = (
+            local(p)[own] for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        )
+        hidden = torch.matmul(rows, weight1.transpose(1, 2)) + bias1[:, None]
         hidden = self.dropout(F.gelu(hidden, approximate=self.approximate))
-        return self.dropout(torch.matmul(hidden, self.fc2.weight.transpose(1, 2)) + self.fc2.bias[:, None])
+        return self.dropout(torch.matmul(hidden, weight2.transpose(1, 2)) + bias2[:, None])

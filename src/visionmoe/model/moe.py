@@ -39,7 +39,7 @@ class MoE(nn.Module):
     setting: the routing in force, changed by `VisionTransformer.set_routing`.
     dispatch: "segments", "buffers", "grouped", "triton" (see `visionmoe.model.dispatch`), or "auto": segments on a CPU,
     buffers there under torch.compile; on a GPU the Triton kernels, else torch's grouped product, else buffers, as
-    `gpu.choice` finds them. Experts that drop out run on buffers.
+    `gpu.choice` finds them. Experts that drop out, or are split over processes, run on buffers.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MoE(nn.Module):
         return MoEOutput(from_groups(out, x.shape[1], self.config.ensemble_size), auxiliary_loss, metrics)
 
     def _way(self, tokens: Tensor) -> Dispatch:
-        if self.training and self.config.expert_dropout_rate:
+        if self.experts.exchange is not None or (self.training and self.config.expert_dropout_rate):
             return "buffers"
         if self.dispatch == "auto":
             return choose_dispatch(tokens, self.experts.fc1.bias.shape[1])

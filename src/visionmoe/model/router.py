@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from visionmoe.config import MoEConfig, RoutingSetting
 from visionmoe.model import routing
+from visionmoe.model.noise import normal_like
 from visionmoe.model.routing import Routing
 
 
@@ -16,12 +17,14 @@ class Router(nn.Module):
 
     All of it is computed in float32, whatever the dtype of the model. With M ensemble members the tokens of a group
     are ordered (token, member), member m has the experts m*E/M ... (m+1)*E/M-1 and its rows of `gate.weight` (E, D).
+    first_token: number in the global batch of the first token that the next call gets (see `noise.normal_like`).
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
         self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.first_token: Tensor | int = 0
 
     def reset_parameters(self) -> None:
         lecun_normal_(self.gate.weight, fan_in=self.gate.in_features)
@@ -31,7 +34,9 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = self._logits(x.float())  # (G, M, S/M, E/M)
             noise_std = self.config.router_noise / logits.shape[-1] if self.training else 0.0
-            noisy = logits + noise_std * torch.randn_like(logits) if noise_std else logits
+            noisy = logits
+            if noise_std:
+                noisy = logits + noise_std * normal_like(logits, x.shape[0] * x.shape[1], self.first_token)
             probs = torch.softmax(noisy, dim=-1)
             losses = self._losses(logits, noisy, probs, noise_std, setting.num_selected_experts)
             result = self._route(probs, setting)

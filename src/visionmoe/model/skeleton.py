@@ -1,10 +1,17 @@
 """A model without numbers, to be given stored ones: making random ones first would cost time for nothing."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from visionmoe.distributed.tensors import local, own_part
+
+if TYPE_CHECKING:
+    from visionmoe.model.vit import VisionTransformer
 
 T = TypeVar("T")
 _FILLING = frozenset(
@@ -16,6 +23,32 @@ def skeleton(make: Callable[..., T], *arguments: Any) -> T:
     """make(*arguments) with all tensors on torch's meta device, their initialisation left out."""
     with torch.device("meta"), _Unfilled():
         return make(*arguments)
+
+
+def materialise(model: "VisionTransformer", device: torch.device) -> None:
+    """Gives a skeleton, of which this process perhaps holds parts only, its first numbers from torch's generator.
+
+    One layer at a time is there as a whole, on the CPU. The numbers are the same whatever the parts and the device.
+    """
+    model.to_empty(device=device)
+    model.reset_parameters(whole)
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module, recurse: bool = True) -> Iterator[None]:
+    """Within it the module has whole, empty parameters on the CPU; at its end its own get their parts of them."""
+    own = [(inner, name, p) for inner in (module.modules() if recurse else [module])
+           for name, p in inner.named_parameters(recurse=False)]  # fmt: skip
+    for inner, name, parameter in own:
+        inner._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        for inner, name, parameter in own:
+            filled, inner._parameters[name] = inner._parameters[name], parameter
+            assert filled is not None
+            part = own_part(filled.to(local(parameter).device), parameter)
+            local(parameter.detach()).copy_(part)
 
 
 class _Unfilled(TorchFunctionMode):

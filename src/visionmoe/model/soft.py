@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from visionmoe.config import MoEConfig
+from visionmoe.model.noise import normal_like
 from visionmoe.model.routing import compute_capacity
 
 
@@ -11,6 +12,7 @@ class SoftRouter(nn.Module):
     """Dispatch and combine weights from the likeness of tokens and learned slots.
 
     Parameters: mu (E, P, D), the slots, and `scale` (). Computed in float32 whatever the dtype of the model.
+    first_token: as the Router's.
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, num_tokens: int) -> None:
@@ -19,6 +21,7 @@ class SoftRouter(nn.Module):
         slots = slots_per_expert(config, num_tokens)
         self.mu = nn.Parameter(torch.empty(config.num_experts, slots, hidden_size))
         self.scale = nn.Parameter(torch.empty(()))
+        self.first_token: Tensor | int = 0
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.mu, std=self.mu[0].numel() ** -0.5)
@@ -30,7 +33,8 @@ class SoftRouter(nn.Module):
             slots = _unit(self.mu.float()) * self.scale.float()
             logits = torch.einsum("gsd,epd->gsep", _unit(x.float()), slots)
             if self.training and self.config.router_noise:
-                logits = logits + self.config.router_noise * torch.randn_like(logits)
+                noise = normal_like(logits, x.shape[0] * x.shape[1], self.first_token)
+                logits = logits + self.config.router_noise * noise
             dispatch = torch.softmax(logits, dim=1)
             combine = torch.softmax(logits.flatten(2), dim=-1).view_as(logits)
         metrics = {

@@ -1,7 +1,9 @@
 """The Vision Transformer and its sparse form, V-MoE (arXiv 2010.11929, 2106.05974), with timm's names."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,21 +82,31 @@ class VisionTransformer(nn.Module, HubModel):
         return sparse
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialises all parameters as the reference does: Xavier-uniform encoder, zero head."""
+    def reset_parameters(
+        self, around: Callable[..., AbstractContextManager] = lambda *args: contextlib.nullcontext()
+    ) -> None:
+        """Initialises all parameters as the reference does: Xavier-uniform encoder, zero head.
+
+        around: context of one module's turn, called with the module and, where only its own parameters are set and not
+        those of its children, False (`visionmoe.model.skeleton.whole`).
+        """
         for module in self.modules():
-            if isinstance(module, PatchEmbed | Attention | Mlp | AttentionPool | MoE | SoftMoE):
-                module.reset_parameters()
-        if self.config.pooling == "token":
-            nn.init.zeros_(self.cls_token)
-        if self.config.pos_embed == "learned":
-            nn.init.normal_(self.pos_embed, std=0.02)
+            if isinstance(module, PatchEmbed | Attention | Mlp | AttentionPool | MoE | SoftMoE | nn.LayerNorm):
+                with around(module):
+                    module.reset_parameters()
+        with around(self, False):
+            if self.config.pooling == "token":
+                nn.init.zeros_(self.cls_token)
+            if self.config.pos_embed == "learned":
+                nn.init.normal_(self.pos_embed, std=0.02)
         if isinstance(self.pre_logits, nn.Linear):
-            lecun_normal_(self.pre_logits.weight, fan_in=self.pre_logits.in_features)
-            nn.init.zeros_(self.pre_logits.bias)
+            with around(self.pre_logits):
+                lecun_normal_(self.pre_logits.weight, fan_in=self.pre_logits.in_features)
+                nn.init.zeros_(self.pre_logits.bias)
         if isinstance(self.head, nn.Linear):
-            nn.init.zeros_(self.head.weight)
-            nn.init.constant_(self.head.bias, self.config.head_bias_init)
+            with around(self.head):
+                nn.init.zeros_(self.head.weight)
+                nn.init.constant_(self.head.bias, self.config.head_bias_init)
 
     def forward(self, images: Tensor) -> ModelOutput:
         tokens, auxiliary_loss, metrics = self._encode(images)

@@ -114,6 +114,8 @@ class TrainConfig:
     max_nonfinite: so many steps in a row without a finite gradient stop the run; such steps change nothing.
     eval_every, checkpoint_every, log_every: in steps; None: only at the end. keep_last: checkpoints that are kept.
     device: "auto" is a GPU where there is one.
+    parallel: how the processes of a job share the work, as "dp=2,ep=2" (`visionmoe.distributed.layout`); None: all are
+        data parallel. A run may be resumed with another layout and number of processes.
     """
 
     recipe: str = "custom"
@@ -142,6 +144,7 @@ class TrainConfig:
     tensorboard: bool = True
     compile: bool = False
     device: str = "auto"
+    parallel: str | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -6,21 +6,25 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from visionmoe.distributed.tensors import local
+
 
 class Ema:
-    """average <- decay * average + (1 - decay) * parameters, after every update. Starts from the parameters."""
+    """average <- decay * average + (1 - decay) * parameters, after every update. Starts from the parameters.
+
+    Of a model that is spread over processes each averages its own part.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be >= 0 and < 1, got {decay}")
         self.decay = decay
-        self._parameters = dict(model.named_parameters())
-        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._parameters = {name: local(p.detach()) for name, p in model.named_parameters()}
+        self.average = {name: p.clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        parameters = [p.detach() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), parameters, 1.0 - self.decay)
+        torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1.0 - self.decay)
 
     @torch.no_grad()
     def load(self, average: Mapping[str, Tensor]) -> None:
@@ -39,6 +43,6 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
-            own = parameter.detach().clone()
+            own = parameter.clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(own)

@@ -8,11 +8,12 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import torch
 from torch import Tensor
 
 from visionmoe.files import atomic_write, finite
@@ -32,9 +33,13 @@ class Means:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def take(self) -> dict[str, Tensor]:
-        """The means, on the CPU; starts anew."""
-        means = {name: (value / self._counts[name]).cpu() for name, value in self._sums.items()}
+    def take(self, mean: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+        """The means, on the CPU; starts anew. mean: over all processes of a job, of which each has its own values."""
+        means = {name: value / self._counts[name] for name, value in self._sums.items()}
+        if means:
+            flat = mean(torch.cat([value.reshape(-1).float() for value in means.values()])).cpu()
+            parts = flat.split([value.numel() for value in means.values()])
+            means = {name: part.view(means[name].shape) for name, part in zip(means, parts, strict=True)}
         self._sums, self._counts = {}, {}
         return means
 
@@ -58,10 +63,17 @@ class RunLog:
     """Appends to OUT/log.jsonl and, where tensorboard is installed and wanted, to OUT/tensorboard.
 
     start_step: a resumed run's first step; what an earlier life of the run logged after it is removed.
+    silent: writes nothing, for all processes of a job but the first.
     """
 
-    def __init__(self, out: str | os.PathLike, start_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self, out: str | os.PathLike, start_step: int = 0, tensorboard: bool = True, *, silent: bool = False
+    ) -> None:
         self.path = Path(out) / "log.jsonl"
+        self._stream: TextIO | None = None
+        self._board = None
+        if silent:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         truncate_log(self.path, start_step)
         self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
@@ -70,15 +82,17 @@ class RunLog:
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Writes one line and returns it. Numbers that are not finite become null."""
         record = {"kind": kind, "step": step, **finite(values)}
-        self._stream.write(json.dumps(record, allow_nan=False) + "\n")
-        self._stream.flush()
+        if self._stream is not None:
+            self._stream.write(json.dumps(record, allow_nan=False) + "\n")
+            self._stream.flush()
         if self._board is not None:
             for name, number in _scalars(kind, record):
                 self._board.add_scalar(name, number, step)
         return record
 
     def close(self) -> None:
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
         if self._board is not None:
             self._board.close()
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from visionmoe.data.loader import TrainLoader
+from visionmoe.distributed.world import from_first, gather, joined, own_device
 from visionmoe.files import write_json
 from visionmoe.model.flops import count_flops
 from visionmoe.model.pretrained import Preprocessing
@@ -26,7 +27,7 @@ from visionmoe.train.log import History, Means, RunLog, read_log, router_health
 from visionmoe.train.progress import ProgressLine
 from visionmoe.train.setup import Parts, prepare
 from visionmoe.train.signals import StopRequest, stop_on_signals
-from visionmoe.train.state import choose_device, save_training
+from visionmoe.train.state import choose_device, save_model, save_training
 from visionmoe.train.step import StepResult, train_step
 
 Evaluator = Callable[[nn.Module, int], Mapping[str, Any]]
@@ -52,10 +53,14 @@ def run_training(
     resume: go on from the newest good checkpoint in OUT (from the start where there is none yet).
     results["status"]: "finished", or "interrupted" by SIGTERM or Ctrl-C after saving; results["exit_code"] is 0, or 143
     or 130. The caller's random state is left as it was.
-    Raises ValueError for a config that cannot be run, and TrainingDivergedError (a ValueError).
+    In processes that torchrun started the run is theirs together, as config.parallel says: the first one writes, all
+    evaluators are called on all of them, and all get the results.
+    Raises ValueError for a config that cannot be run, TrainingDivergedError (a ValueError), and LostRankError where
+    another process of the job has ended.
     """
-    device = choose_device(config.device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), stop_on_signals() as stop:
+    device = own_device(choose_device(config.device))
+    devices = [device] if device.type == "cuda" else []
+    with joined(), torch.random.fork_rng(devices), stop_on_signals() as stop:
         parts = prepare(config, resume)
         trainer = Trainer(parts, dict(evaluators or {}), stop, show_progress)
         try:
@@ -76,22 +81,31 @@ class Trainer:
         self.evaluators = evaluators
         self.stop = stop
         self.total = parts.total_steps
-        self.log = RunLog(self.config.out, self.progress.step, self.config.tensorboard)
-        self.line = ProgressLine(self.total, self.progress.step, show_progress)
+        self.parallel = parts.parallel
+        first = self.parallel.world.is_first
+        self.log = RunLog(self.config.out, self.progress.step, self.config.tensorboard, silent=not first)
+        self.line = ProgressLine(self.total, self.progress.step, show_progress and first)
         self.means = Means()
         self.history = History(best=dict(self.progress.best or {}))
         if parts.resumed_from is not None:
-            for record in read_log(self.log.path):  # what follows the checkpoint is gone by now
+            for record in from_first(read_log(self.log.path)):  # what follows the checkpoint is gone by now
                 self.history.add(record)
         self.progress.best = self.history.best
         self.finished = False
+        self._stopping = False
         self._saved = None if parts.resumed_from is None else (self.progress.step, parts.resumed_from)
         self._interval_start = self.progress.step
         self._interval_seconds = 0.0
 
     def run(self) -> dict[str, Any]:
+        world = self.parallel.world
         loader = TrainLoader(
-            self.config.data, self.config.seed, start_step=self.progress.step, source=self.parts.source
+            self.config.data,
+            self.config.seed,
+            start_step=self.progress.step,
+            rank=world.rank,
+            world_size=world.size,
+            source=self.parts.source,
         )
         with self.line:
             for note in self.parts.notes:
@@ -101,7 +115,7 @@ class Trainer:
                 self._evaluate_due()  # the checkpoint is from before this step's evaluation
             batches = iter(loader)
             try:
-                while self.progress.step < self.total and not self.stop:
+                while self.progress.step < self.total and not self._agreed_to_stop():
                     if not self._step(batches):
                         break
             finally:
@@ -116,6 +130,7 @@ class Trainer:
             images, labels = next(batches)
         except RuntimeError:
             if self.stop:
+                self._stopping = True
                 return False
             raise
         device = self.parts.device
@@ -126,6 +141,7 @@ class Trainer:
             labels.to(device, non_blocking=True),
             self.progress.step,
             self.parts.settings,
+            self.parallel,
         )
         if result.applied and self.parts.ema is not None:
             self.parts.ema.update()
@@ -135,8 +151,14 @@ class Trainer:
         self._interval_seconds += seconds
         self.progress.seconds += seconds
         self.line.advance()
+        self._agreed_to_stop()
         self._due()
         return True
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether a process of the job was asked to stop; all of them hear of it at the same place."""
+        self._stopping = self._stopping or self.parallel.any(bool(self.stop))
+        return self._stopping
 
     def _count(self, result: StepResult) -> None:
         """Keeps the step's numbers; a step that was not finite is counted, and too many in a row end the run."""
@@ -148,9 +170,10 @@ class Trainer:
             return
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
+        loss, auxiliary_loss = (self.parallel.mean(x).item() for x in (result.main_loss, result.auxiliary_loss))
         self._event(
-            f"skipped step {progress.step}: loss {result.main_loss.item():.4g}, auxiliary loss "
-            f"{result.auxiliary_loss.item():.4g}, gradient norm {result.grad_norm.item():.4g} are not all finite"
+            f"skipped step {progress.step}: loss {loss:.4g}, auxiliary loss {auxiliary_loss:.4g}, gradient norm "
+            f"{result.grad_norm.item():.4g} are not all finite"
         )
         if progress.skipped_in_a_row >= self.config.max_nonfinite:
             message = (
@@ -159,13 +182,13 @@ class Trainer:
                 f"at its last checkpoint"
             )
             self._event(message)
-            write_json(Path(self.config.out) / "results.json", self._summary("diverged"))
+            self._write(self._summary("diverged"))
             raise TrainingDivergedError(message)
 
     def _due(self) -> None:
         """Logs, evaluates and saves where this step is due."""
         config, step = self.config, self.progress.step
-        if step % config.log_every == 0 or step == self.total or self.stop:
+        if step % config.log_every == 0 or step == self.total or self._stopping:
             self._log_train()
         if config.checkpoint_every and step % config.checkpoint_every == 0 and step < self.total:
             self._save()  # first, so that nothing is lost when the evaluation fails or is killed
@@ -173,26 +196,26 @@ class Trainer:
 
     def _evaluate_due(self) -> None:
         config, step = self.config, self.progress.step
-        if step < self.total and not self.stop:
+        if step < self.total and not self._stopping:
             every = {name: config.eval_every for name in self.evaluators} | {FEWSHOT: config.fewshot.every}
             self._evaluate([name for name in self.evaluators if (n := every[name]) and step % n == 0])
 
     def _end(self) -> None:
-        if self.stop:
+        if self._stopping:
             path = self._save()
-            self._event(f"{self.stop.name}: saved {path} and stopped at step {self.progress.step}; resume goes on here")
+            name = next(filter(None, gather(self.stop.name)))  # the signal may have come to one process alone
+            self.stop.name = name
+            self._event(f"{name}: saved {path} and stopped at step {self.progress.step}; resume goes on here")
             return
         self._save()
         with self.parts.averaged():
             preprocessing = Preprocessing.of(self.parts.model.config, self.config.data.eval_resize)
-            self.parts.model.save_pretrained(
-                Path(self.config.out) / "model", self.parts.source.class_names, preprocessing
-            )
+            save_model(self.parts.model, Path(self.config.out) / "model", self.parts.source.class_names, preprocessing)
         self._evaluate(self.evaluators)
         self.finished = True
 
     def _log_train(self) -> None:
-        means = self.means.take()
+        means = self.means.take(self.parallel.mean)
         steps = self.progress.step - self._interval_start
         seconds = max(self._interval_seconds, 1e-9)
         shared = {name: value.item() for name, value in means.items() if "." not in name}
@@ -260,8 +283,12 @@ class Trainer:
             "eval": self.history.evals,
             "best": self.history.best,
             "train": self.history.train,
-            "broken_images": dict(broken),
+            "broken_images": {name: why for of_rank in gather(dict(broken)) for name, why in of_rank.items()},
             "model": str(Path(self.config.out) / "model") if status == "finished" else None,
         }
-        write_json(Path(self.config.out) / "results.json", results)
+        self._write(results)
         return results
+
+    def _write(self, results: Mapping[str, Any]) -> None:
+        if self.parallel.world.is_first:
+            write_json(Path(self.config.out) / "results.json", results)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from visionmoe.config import check_names
+from visionmoe.distributed.tensors import global_norm, local
 from visionmoe.train.scaling import Scaling, create_scaling
 from visionmoe.train.schedules import Schedule, create_schedule, rate_schedule
 
@@ -102,7 +103,7 @@ class ScheduledOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_norm: Tensor | None = None) -> Any:
-        """One update from the parameters' .grad, which clipping may change in place.
+        """One update from the parameters' .grad, which clipping may change in place. Collective with DTensors.
 
         grad_norm: the gradients' global norm (), where the caller has it already.
         """
@@ -142,24 +143,18 @@ class ScheduledOptimizer(torch.optim.Optimizer):
     def _clip(self, grads: list[Tensor]) -> None:
         norm = self.last_grad_norm
         for group in self.param_groups:
-            own = [p.grad for p in group["params"] if p.grad is not None]
+            own = [local(p.grad) for p in group["params"] if p.grad is not None]
             if own and group["gradient_scale"] != 1.0:
                 torch._foreach_mul_(own, group["gradient_scale"])
         if any(group["gradient_scale"] != 1.0 for group in self.param_groups):
             norm = global_norm(grads)
+        grads = [local(grad) for grad in grads]
         if self.clip_norm is not None and grads:
             scale = torch.where(norm < self.clip_norm, torch.ones_like(norm), self.clip_norm / norm)
             torch._foreach_mul_(grads, scale)
         if self.clip_value is not None and grads:
             torch._foreach_clamp_min_(grads, -self.clip_value)
             torch._foreach_clamp_max_(grads, self.clip_value)
-
-
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Root of the sum of all squares, () float32; NaN or infinity when any element is not finite."""
-    if not tensors:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float32)))
 
 
 def _by_pattern(what: str, value: float | Factors, default: float, names: list[str]) -> Callable[[str], float]:

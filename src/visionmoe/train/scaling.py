@@ -1,10 +1,12 @@
 """How each optimizer turns gradients into updates: Adam, SGD with momentum, and big_vision's Adafactor.
 
 A `Scaling` updates a list of parameters in place, p <- p - rate * (scaled gradient + weight_decay * p); its state is
-a dict of tensors per parameter. torch's `_foreach_` operations keep the number of kernels small.
+a dict of tensors per parameter. torch's `_foreach_` operations keep the number of kernels small. Of parameters that are
+DTensors every process updates, and keeps the state of, its own part.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from visionmoe.config import check_names, from_dict
+from visionmoe.distributed.tensors import local
 
 State = dict[str, Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,6 +82,7 @@ class Adam:
         rate: float,
         weight_decay: float,
     ) -> None:
+        params, grads = [local(p) for p in params], [local(g) for g in grads]
         for param, state in zip(params, states, strict=True):
             if not state:
                 state["mu"] = torch.zeros_like(param, dtype=DTYPES[self.mu_dtype] if self.mu_dtype else None)
@@ -126,6 +130,7 @@ class SGD:
         rate: float,
         weight_decay: float,
     ) -> None:
+        params, grads = [local(p) for p in params], [local(g) for g in grads]
         updates = grads
         if self.momentum:
             dtype = DTYPES[self.accumulator_dtype] if self.accumulator_dtype else None
@@ -196,20 +201,52 @@ class Adafactor:
                 for a, u in zip(averages, updates, strict=True)
             ]
             torch._foreach_copy_(averages, updates)
-        _apply(params, updates, rate, weight_decay)
+        _apply([local(p) for p in params], updates, rate, weight_decay)
 
     def _scaled(self, plan: FactorPlan, grad: Tensor, state: State, decay: float) -> Tensor:
-        """The gradient divided by the root of its (factored) running second moment."""
+        """The gradient divided by the root of its (factored) running second moment: this process's part of it."""
         row, column = plan.row, plan.column
-        square = grad.float().square().add_(self.eps)
         if row is None or column is None:
-            second = _running(state, "second", square, decay)
+            grad = local(grad)
+            second = _running(state, "second", grad.float().square().add_(self.eps), decay)
             return grad * second.rsqrt().to(grad.dtype)
-        square = square.view(plan.view)
+        whole, back = gathered(grad, plan)
+        view = (-1, *plan.view[1:])
+        square = whole.float().square().add_(self.eps).view(view)
         rows = _running(state, "rows", square.mean(dim=column, keepdim=True), decay)
         columns = _running(state, "columns", square.mean(dim=row, keepdim=True), decay)
         scale = (rows / rows.mean(dim=row, keepdim=True)).rsqrt_() * columns.rsqrt()
-        return (grad.view(plan.view) * scale.to(grad.dtype)).view(grad.shape)
+        return back((whole.view(view) * scale.to(grad.dtype)).view(whole.shape))
+
+
+def gathered(grad: Tensor, plan: FactorPlan) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A gradient with the axes whole that Adafactor takes means over, and the way from there to this process's part."""
+    if not hasattr(grad, "placements"):
+        return grad, lambda update: update
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(grad, DTensor)
+    mesh, own, wanted = grad.device_mesh, grad.placements, factored_placements(grad, plan)
+
+    def back(update: Tensor) -> Tensor:
+        return DTensor.from_local(update, mesh, wanted, run_check=False).redistribute(placements=own).to_local()
+
+    return grad.redistribute(placements=wanted).to_local(), back
+
+
+def state_placements(scaling: Scaling, param: Tensor, name: str) -> list[Any] | None:
+    """How the state `name` of a DTensor is divided; None: as the parameter."""
+    if isinstance(scaling, Adafactor) and name in ("rows", "columns") and hasattr(param, "placements"):
+        return factored_placements(param, scaling.plans[param])
+    return None
+
+
+def factored_placements(tensor: Any, plan: FactorPlan) -> list[Any]:
+    """How the factored state of a DTensor lies: divided over the first axis only, and only if that is not factored."""
+    from torch.distributed.tensor import Replicate
+
+    free = 0 not in (plan.row, plan.column) and plan.view[0] == tensor.shape[0]
+    return [p if free and p.is_shard(0) else Replicate() for p in tensor.placements]
 
 
 _PLANS = (

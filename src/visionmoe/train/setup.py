@@ -16,13 +16,17 @@ from visionmoe.checkpoint.sources import open_source as open_checkpoint
 from visionmoe.checkpoint.store import RunState, latest_good, list_checkpoints, load_run_state, remove_newer
 from visionmoe.config import ModelConfig, MoEConfig, check_names, from_dict, to_dict
 from visionmoe.data.sources import Source, open_source
+from visionmoe.distributed.layout import Layout
+from visionmoe.distributed.world import current, from_first, own_device
 from visionmoe.files import write_json
+from visionmoe.model.skeleton import materialise, skeleton
 from visionmoe.model.vit import ModelOutput, VisionTransformer
 from visionmoe.train.config import TrainConfig, read_config
 from visionmoe.train.ema import Ema
 from visionmoe.train.finetuning import decide_head, freeze, layer_decay_factors
 from visionmoe.train.losses import create_loss
 from visionmoe.train.optim import ScheduledOptimizer, create_optimizer
+from visionmoe.train.parallel import Parallel
 from visionmoe.train.state import Progress, choose_device, restore_training
 from visionmoe.train.step import StepSettings, seed_everything
 
@@ -30,7 +34,7 @@ _INITIALISATION = 2**32 - 1  # in the place of a step's number: the seed of the 
 
 # What may change between the lives of a run: it does not touch the parameters.
 _FREE = ("out", "recipe", "eval_every", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device",
-         "data.workers", "data.eval_batch_size", "data.eval_split", "data.eval_resize", "data.cache_mb",
+         "parallel", "data.workers", "data.eval_batch_size", "data.eval_split", "data.eval_resize", "data.cache_mb",
          "fewshot.sources", "fewshot.train_split", "fewshot.test_split", "fewshot.shots", "fewshot.seeds",
          "fewshot.every")  # fmt: skip
 
@@ -41,7 +45,7 @@ class ConfigChangedError(ValueError):
 
 @dataclass
 class Parts:
-    """A run, ready to go on from progress.step. forward: the model, compiled where the config says so.
+    """A run, ready to go on from progress.step. forward: the model, wrapped and compiled as the config says.
 
     resumed_from: the checkpoint that it goes on from; None: it starts.
     """
@@ -54,6 +58,7 @@ class Parts:
     optimizer: ScheduledOptimizer
     ema: Ema | None
     settings: StepSettings
+    parallel: Parallel
     total_steps: int
     progress: Progress
     resumed_from: Path | None = None
@@ -68,27 +73,41 @@ class Parts:
 
 def prepare(config: TrainConfig, resume: bool) -> Parts:
     """Opens the images, makes or restores everything, and writes OUT/config.json. ValueError for what cannot be."""
-    device = choose_device(config.device)
+    device, world = own_device(choose_device(config.device)), current()
+    parallel = Parallel(Layout.parse(config.parallel, world.size), world)
+    if config.data.batch_size % (config.accumulation * world.size):
+        raise ValueError(
+            f"data.batch_size must be a multiple of accumulation times the number of processes, got "
+            f"{config.data.batch_size}, {config.accumulation} and {world.size}"
+        )
     source = open_source(config.data.source, config.data.train_split)
     config, notes = resolve(config, source)
     _check_folder(config, resume)
-    path = latest_good(config.out) if resume else None
+    path = from_first(latest_good(config.out) if resume and world.is_first else None)
     saved = None if path is None else load_run_state(path)
-    model = _model(config, source.class_names, saved, notes).to(device)
+    model, empty = _model(config, source.class_names, saved, notes)
+    parallel.spread(model, device)
+    if empty:
+        seed_everything(config.seed, _INITIALISATION)
+        materialise(model, device)
+    model.to(device)
     assert config.steps is not None
     optimizer = _optimizer(config, model, config.steps)
     ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
     progress = Progress() if saved is None else restore_training(saved, str(path), model, optimizer, ema)
     if path is not None:
         notes.append(f"resumed from {path}")
-        notes += [f"removed the damaged checkpoint {damaged}" for damaged in remove_newer(path)]
-    write_json(Path(config.out) / "config.json", to_dict(config))
+        removed = from_first(remove_newer(path) if world.is_first else [])
+        notes += [f"removed the damaged checkpoint {damaged}" for damaged in removed]
+    if world.is_first:
+        write_json(Path(config.out) / "config.json", to_dict(config))
+    forward = parallel.wrap(model, device)
     return Parts(
         config=config,
         source=source,
         device=device,
         model=model,
-        forward=torch.compile(model) if config.compile else model,
+        forward=torch.compile(forward) if config.compile else forward,
         optimizer=optimizer,
         ema=ema,
         settings=StepSettings(
@@ -99,6 +118,7 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
             accumulation=config.accumulation,
             precision=config.precision,
         ),
+        parallel=parallel,
         total_steps=config.steps,
         progress=progress,
         resumed_from=path,
@@ -144,16 +164,16 @@ def _optimizer(config: TrainConfig, model: VisionTransformer, steps: int) -> Sch
 
 def _model(
     config: TrainConfig, class_names: tuple[str, ...], saved: RunState | None, notes: list[str]
-) -> VisionTransformer:
-    """The model with its first parameters; with `saved`, of the saved config (its parameters come later).
+) -> tuple[VisionTransformer, bool]:
+    """The model, and whether it is a skeleton yet: of the saved config, or to be trained from scratch.
 
     Adds to `notes` what was decided about a fine-tuned model's head.
     """
     if saved is not None:
-        return VisionTransformer(from_dict(ModelConfig, saved.state["model"]))
-    seed_everything(config.seed, _INITIALISATION)
+        return skeleton(VisionTransformer, from_dict(ModelConfig, saved.state["model"])), True
     if config.model is not None:
-        return VisionTransformer(config.model)
+        return skeleton(VisionTransformer, config.model), True
+    seed_everything(config.seed, _INITIALISATION)  # of a new head's or other new parameters
     assert config.init_from is not None
     fixed = {
         "image_size": config.data.image_size,
@@ -169,7 +189,7 @@ def _model(
     notes.append(head.reason)
     if head.new and config.steps == 0:
         notes.append("0 steps: a head that was not trained classifies no better than chance")
-    return load(config.init_from, config.init_config, new_head=head.new, **options)
+    return load(config.init_from, config.init_config, new_head=head.new, **options), False
 
 
 def _with_options(stored: ModelConfig, options: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """From a running training to a checkpoint and back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionmoe.checkpoint.store import RunState, join_optimizer_state, save_run_state, split_optimizer_state
+from visionmoe.checkpoint.store import (
+    RunState,
+    checkpoint_path,
+    join_optimizer_state,
+    save_run_state,
+    split_optimizer_state,
+)
 from visionmoe.config import to_dict
+from visionmoe.distributed.tensors import local, own_part, spread_like, whole_tensor
+from visionmoe.distributed.world import barrier, current
+from visionmoe.model.pretrained import Preprocessing, write_pretrained
 from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.ema import Ema
 from visionmoe.train.optim import ScheduledOptimizer
+from visionmoe.train.scaling import state_placements
 
 
 @dataclass
@@ -34,27 +45,65 @@ def save_training(
     progress: Progress,
     keep_last: int,
 ) -> Path:
-    """Writes OUT/checkpoints/step_XXXXXXXX."""
-    optimizer_tensors, optimizer_values = split_optimizer_state(optimizer.state_dict())
-    tensors: dict[str, dict[str, Tensor]] = {"model": dict(model.state_dict()), "optimizer": optimizer_tensors}
+    """Writes OUT/checkpoints/step_XXXXXXXX. Collective."""
+    tensors, values = training_state(model, optimizer, ema, progress)
+    whole = {group: {name: whole_tensor(t) for name, t in own.items()} for group, own in tensors.items()}
+    if current().is_first:
+        save_run_state(out, progress.step, whole, values, keep_last)
+    barrier()
+    return checkpoint_path(out, progress.step)
+
+
+def training_state(
+    model: VisionTransformer, optimizer: ScheduledOptimizer, ema: Ema | None, progress: Progress
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What a run goes on from: groups of tensors (whole ones, or DTensors of which this process has a part), and JSON
+    values."""
+    parameters = dict(model.named_parameters())
+    own_tensors, optimizer_values = split_optimizer_state(optimizer.state_dict())
+    numbered = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors: dict[str, dict[str, Tensor]] = {"model": dict(model.state_dict()), "optimizer": {}}
+    for key, value in own_tensors.items():
+        param, placements = _of_state(optimizer, numbered, key)
+        tensors["optimizer"][key] = spread_like(value, param, placements)
     if ema is not None:
-        tensors["ema"] = ema.average
+        tensors["ema"] = {name: spread_like(average, parameters[name]) for name, average in ema.average.items()}
     values = {"progress": dict(vars(progress)), "model": to_dict(model.config), "optimizer": optimizer_values}
-    return save_run_state(out, progress.step, tensors, values, keep_last)
+    return tensors, values
 
 
 def restore_training(
     saved: RunState, path: str, model: VisionTransformer, optimizer: ScheduledOptimizer, ema: Ema | None
 ) -> Progress:
     """Loads a checkpoint (read from `path`) into all parts, made with the saved run's config."""
-    model.load_state_dict(saved.tensors["model"])
+    parameters = dict(model.named_parameters())
+    for name, tensor in model.state_dict().items():
+        local(tensor).copy_(own_part(saved.tensors["model"][name], tensor))
     values: dict[str, Any] = saved.state["optimizer"]
-    optimizer.load_state_dict(join_optimizer_state(saved.tensors["optimizer"], values))
+    numbered = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {key: own_part(t, *_of_state(optimizer, numbered, key)) for key, t in saved.tensors["optimizer"].items()}
+    optimizer.load_state_dict(join_optimizer_state(own, values))
     if ema is not None:
         if "ema" not in saved.tensors:
             raise ValueError(f"{path} has no averaged parameters, but the run's config has ema_decay")
-        ema.load(saved.tensors["ema"])
+        ema.load({name: own_part(saved.tensors["ema"][name], parameters[name]) for name in ema.average})
     return Progress(**saved.state["progress"])
+
+
+def _of_state(optimizer: ScheduledOptimizer, numbered: list[Tensor], key: str) -> tuple[Tensor, list[Any] | None]:
+    """The parameter to which the optimizer's tensor "3.mu" belongs, and how the tensor is divided."""
+    number, _, name = key.partition(".")
+    return numbered[int(number)], state_placements(optimizer.scaling, numbered[int(number)], name)
+
+
+def save_model(
+    model: VisionTransformer, directory: Path, class_names: Sequence[str], preprocessing: Preprocessing
+) -> None:
+    """Writes what `visionmoe.load` reads. Collective."""
+    state = {name: whole_tensor(t) for name, t in model.state_dict().items()}
+    if current().is_first:
+        write_pretrained(directory, model.config, state, preprocessing, class_names)
+    barrier()
 
 
 def choose_device(name: str) -> torch.device:

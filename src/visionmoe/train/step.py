@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionmoe.data.mixup import mixup, step_generator
+from visionmoe.distributed.tensors import global_norm
 from visionmoe.model.vit import ModelOutput
 from visionmoe.train.losses import LossFn
-from visionmoe.train.optim import ScheduledOptimizer, global_norm
+from visionmoe.train.optim import ScheduledOptimizer
+from visionmoe.train.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,39 @@ def train_step(
     labels: Tensor,
     step: int,
     settings: StepSettings,
+    parallel: Parallel | None = None,
 ) -> StepResult:
     """Runs step number `step` (0, 1, ...) on images (B, C, H, W) and labels (B,) int64, on the model's device.
 
-    Everything random in it follows from (seed, step, part) alone, so a resumed run repeats it. A loss or gradient
-    that is not finite leaves parameters and optimizer as they were.
+    Everything random in it follows from (seed, step) and the places of the images in the global batch, so a resumed run
+    repeats it, and so do other layouts, but for dropout's masks. A loss or gradient that is not finite, on whichever
+    process, leaves parameters and optimizer as they were, on all of them.
+    parallel: what `forward` was wrapped by; images and labels are then this process's slice of the batch, and the
+    result's losses, accuracy and metrics are its own.
     """
+    parallel = parallel or Parallel()
+    rank, batch = parallel.world.rank, len(images)
     targets = F.one_hot(labels, settings.num_classes).float()
     if settings.mixup_alpha:
-        images, targets = mixup(images, targets, settings.mixup_alpha, step_generator(settings.seed, step))
+        generator = step_generator(settings.seed, step)
+        images, targets = mixup(images, targets, settings.mixup_alpha, generator, next_row=parallel.next_row)
     optimizer.zero_grad(set_to_none=True)
     parts = list(zip(images.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True))
     sums: dict[str, Tensor] = {}
     for number, (part_images, part_targets) in enumerate(parts):
-        seed_everything(settings.seed, step, number)
-        values = _backward(forward, part_images, part_targets, settings, share=1.0 / len(parts))
+        if parallel.shares_noise:
+            seed_everything(settings.seed, step)
+            parallel.place(rank * batch + number * len(part_images))
+        else:
+            seed_everything(settings.seed, step, rank * len(parts) + number)
+        with parallel.part(last=number == len(parts) - 1):
+            values = _backward(forward, part_images, part_targets, settings, share=1.0 / len(parts))
         for name, value in values.items():
             sums[name] = sums[name] + value if name in sums else value
+    parallel.reduce_gradients()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = global_norm(grads)
-    loss = sums["main_loss"] + sums["auxiliary_loss"]
+    loss = parallel.mean(sums["main_loss"] + sums["auxiliary_loss"])
     applied = bool(torch.isfinite(loss) & torch.isfinite(norm))  # the step's only wait for the device
     if applied:
         optimizer.step(grad_norm=norm)
