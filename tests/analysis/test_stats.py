@@ -13,7 +13,7 @@ from visionmoe.analysis.collect import Keeping, Statistics, collect
 from visionmoe.analysis.gallery import best_requests, window
 from visionmoe.analysis.information import information
 from visionmoe.analysis.record import Requests, record_routing, requests_of
-from visionmoe.analysis.stats import LayerStatistics, Shape, histogram, make_shuffles, merge_moments
+from visionmoe.analysis.stats import LayerStatistics, Shape, histogram, make_shuffles, merge_moments, moments_of
 from visionmoe.analysis.summary import class_shares, summarise_layer
 from visionmoe.config import RoutingSetting
 from visionmoe.data import DataConfig, EvalLoader
@@ -285,7 +285,7 @@ def test_moments_merge_and_bins_hold_the_ends():
     values = np.random.default_rng(0).normal(5, 2, 100)
     moments = np.zeros(3)
     for part in (values[:1], values[1:40], values[40:40], values[40:]):
-        merge_moments(moments, part)
+        merge_moments(moments, moments_of(part))
     assert moments.tolist() == pytest.approx([100, values.mean(), values.var() * 100])
     assert histogram(np.array([0, 0.1, 0.5, 1.0, 1.0000001]), 2, 1.0).tolist() == [2, 3]
 

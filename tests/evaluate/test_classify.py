@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import visionmoe as vm
-from visionmoe.evaluate.classify import ClassificationEvaluator, evaluate, padded_batch, prepare, sigmoid_losses
+from visionmoe.evaluate.classify import ClassificationEvaluator, evaluate, sigmoid_losses
+from visionmoe.evaluate.forward import padded_batch, prepare
 from visionmoe.model.vit import ModelOutput
 
 SMALL = vm.ModelConfig(

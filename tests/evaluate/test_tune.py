@@ -11,7 +11,8 @@ from visionmoe.config import RoutingSetting
 from visionmoe.evaluate.adaptive import apply_routing, layer_settings, restored_routing
 from visionmoe.evaluate.allocation import level_of
 from visionmoe.evaluate.calibrated import CalibratedEvaluator
-from visionmoe.evaluate.classify import Batch, ClassificationEvaluator
+from visionmoe.evaluate.classify import ClassificationEvaluator
+from visionmoe.evaluate.forward import Batch
 from visionmoe.evaluate.speed import FRACTIONS, Speed, budget_for_speed
 from visionmoe.evaluate.tune import (
     Tuned,

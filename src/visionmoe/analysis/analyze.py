@@ -2,7 +2,8 @@
 
 state/statistics.npz: the tables of one pass over the images, saved on the way; state/random_routers.json: the finished
 evaluations with random routers. Both carry a fingerprint of model, images and options; one of something else is
-replaced, never continued. Pictures and report follow from them and are drawn each time.
+replaced, never continued. Pictures and report follow from them and are drawn each time. Of several processes all
+share the batches, and the first one keeps the files.
 """
 
 import hashlib
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionmoe.analysis.collect import Keeping, Statistics, collect
+from visionmoe.analysis.collect import Keeping, Statistics, collect, statistics_of_first
 from visionmoe.analysis.random_router import ablations, run_ablations, summarise
 from visionmoe.config import ModelConfig, to_dict
 from visionmoe.data.decode import one_line
 from visionmoe.data.loader import EvalLoader
+from visionmoe.distributed.world import current, from_first
 from visionmoe.evaluate.adaptive import layer_settings
 from visionmoe.evaluate.classify import ClassificationEvaluator
 from visionmoe.evaluate.fingerprint import data_fingerprint, model_fingerprint
@@ -25,7 +27,7 @@ from visionmoe.files import read_json, write_json
 from visionmoe.model.vit import VisionTransformer
 
 _log = logging.getLogger(__name__)
-FORMAT = 2  # of the files in state/
+FORMAT = 3  # of the files in state/
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class Analysis:
         self.fingerprint = _hash([FORMAT, model_fingerprint(model), routing, data_fingerprint(loader), config.autocast])
 
     def load_statistics(self) -> Statistics:
-        """The tables as far as an earlier start of the same analysis filled them."""
+        """The tables as far as an earlier start of the same analysis filled them. Collective."""
         path, config = self._statistics_file(), self.config
-        stored = Statistics.load(path, self._statistics_fingerprint())
+        stored = Statistics.load(path, self._statistics_fingerprint()) if current().is_first else None
+        stored = statistics_of_first(stored)
         if stored is not None:
             return stored
         return Statistics.empty(self.model.config, self.loader.num_classes, config.permutations, config.gallery)
@@ -71,7 +74,10 @@ class Analysis:
         collect(self.model, self.loader, statistics, autocast=self.config.autocast, on_batch=on_batch, keeping=keeping)
 
     def load_evaluations(self) -> dict[str, dict[str, float]]:
-        """The evaluations with random routers that an earlier start finished."""
+        """The evaluations with random routers that an earlier start finished. Collective."""
+        return from_first(self._stored_evaluations() if current().is_first else {})
+
+    def _stored_evaluations(self) -> dict[str, dict[str, float]]:
         path = self.out / "state" / "random_routers.json"
         if not path.is_file():
             return {}
@@ -91,14 +97,13 @@ class Analysis:
         """Makes the evaluations that are missing, keeps each, and returns their summary."""
         layers, seeds = self.model.moe_layers, self.config.seeds
         evaluator = ClassificationEvaluator(self.loader, autocast=self.config.autocast, on_batch=on_batch)
-        path = self.out / "state" / "random_routers.json"
-        run_ablations(
-            self.model,
-            evaluator,
-            ablations(layers, seeds),
-            done,
-            lambda: write_json(path, {"fingerprint": self.fingerprint, "evaluations": done}),
-        )
+
+        def keep() -> None:
+            if current().is_first:
+                path = self.out / "state" / "random_routers.json"
+                write_json(path, {"fingerprint": self.fingerprint, "evaluations": done})
+
+        run_ablations(self.model, evaluator, ablations(layers, seeds), done, keep)
         return summarise(layers, seeds, done)
 
     def _statistics_file(self) -> Path:

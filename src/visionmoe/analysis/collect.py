@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from visionmoe.analysis.record import entropy_bits, recording, recording_probabilities, requests_of, with_probabilities
-from visionmoe.analysis.stats import LayerStatistics, Shape, make_shuffles
+from visionmoe.analysis.stats import BEST, LayerStatistics, Moments, Shape, make_shuffles
 from visionmoe.config import ModelConfig
 from visionmoe.data.decode import one_line
 from visionmoe.data.loader import EvalLoader
-from visionmoe.evaluate.classify import autocast_context, evaluation_mode, prepare
+from visionmoe.distributed.world import current, from_first, gather, sum_of_all, tensor_of_first
+from visionmoe.evaluate.forward import autocast_context, evaluation_mode, prepare
+from visionmoe.evaluate.shared_batches import Share, broken_of_all, segments
 from visionmoe.files import atomic_write
 from visionmoe.model.vit import VisionTransformer
 
@@ -46,6 +48,11 @@ class Statistics:
     def nbytes(self) -> int:
         """Memory of all tables; the same however many images were seen."""
         return sum(layer.nbytes() for layer in self.layers.values())
+
+    def keep(self, keeping: "Keeping") -> None:
+        """Saves; of several processes the first one does."""
+        if current().is_first:
+            self.save(keeping.path, keeping.fingerprint)
 
     def save(self, path: Path, fingerprint: str) -> None:
         about = {
@@ -93,6 +100,21 @@ class Keeping:
     seconds: float = 20.0
 
 
+def statistics_of_first(own: Statistics | None) -> Statistics | None:
+    """Those of the first process, on every process; what the others give is not looked at. Collective."""
+    if current().size == 1:
+        return own
+    about = from_first(None if own is None else dataclasses.replace(own, layers={}))
+    if about is None:
+        return None
+    layers = {}
+    for layer, shape in about.shapes.items():
+        arrays = (LayerStatistics.empty(shape) if own is None else own.layers[layer]).arrays()
+        arrays = {name: tensor_of_first(torch.from_numpy(array)).numpy() for name, array in arrays.items()}
+        layers[layer] = LayerStatistics.of_arrays(arrays)
+    return dataclasses.replace(about, layers=layers)
+
+
 def collect(
     model: VisionTransformer,
     loader: EvalLoader,
@@ -105,52 +127,83 @@ def collect(
 ) -> None:
     """Adds all images of the loader from `statistics.next_image` on. The batches are the same as without a stop.
 
-    seed: of the shuffles. on_batch: called with the number of images of every batch.
+    Several processes share the batches, and all get the same statistics as one would. Collective.
+    seed: of the shuffles. on_batch: called with the number of images of every batch, of all processes.
     """
-    saved = time.monotonic()
-    size, source = loader.config.eval_batch_size, loader.source
+    saved, source = time.monotonic(), loader.source
     start = statistics.next_image
     if start >= len(source):
         return
+    size, seconds = loader.config.eval_batch_size, 20.0 if keeping is None else keeping.seconds
     with evaluation_mode(model):
-        for images, labels, indices in loader.batches(start // size):
-            _add(model, statistics, source.labels, images, labels, indices, seed, autocast)
-            statistics.next_image = (int(indices[-1]) // size + 1) * size  # the batch may have lost broken images
-            statistics.broken |= loader.broken
-            on_batch(len(images))
+        for segment in segments(model, loader, start=start // size, seconds=seconds, autocast=autocast):
+            part, told = _Part.of(statistics), 0
+            for share in segment.batches:
+                if told:
+                    on_batch(told)
+                part.add(model, source.labels, share, seed, autocast)
+                told = share.progress  # of the last one only when the statistics have it
+            broken = broken_of_all(loader)
+            part.merge_into(statistics)
+            statistics.next_image = min(segment.stop * size, len(source))
+            statistics.broken |= broken
+            if told:
+                on_batch(told)
             if keeping is not None and time.monotonic() - saved >= keeping.seconds:
-                statistics.save(keeping.path, keeping.fingerprint)
+                statistics.keep(keeping)
                 saved = time.monotonic()
-    statistics.next_image = len(source)
-    statistics.broken |= loader.broken
     if not statistics.num_images:
         raise ValueError("the data has no images")
     if keeping is not None:
-        statistics.save(keeping.path, keeping.fingerprint)
+        statistics.keep(keeping)
 
 
-def _add(
-    model: VisionTransformer,
-    statistics: Statistics,
-    all_labels: np.ndarray,
-    images: Tensor,
-    labels: Tensor,
-    indices: Tensor,
-    seed: int,
-    autocast: bool,
-) -> None:
-    """One batch of every layer."""
-    config, count = model.config, len(images)
-    with recording(model) as routings, recording_probabilities(model) as found, autocast_context(model, autocast):
-        model(prepare(model, images))
-    first = next(iter(statistics.shapes.values()))  # labels, positions and P are the same in all layers
-    shuffles = make_shuffles(first, all_labels, indices.numpy(), seed)
-    for layer, table in statistics.layers.items():
-        probabilities = found[layer][0]
-        requests = requests_of(with_probabilities(routings[layer][0], probabilities), config, count)
-        entropy = entropy_bits(probabilities, config, count).cpu().numpy()
-        table.add(statistics.shapes[layer], requests, entropy, labels.numpy(), indices.numpy(), shuffles)
-    statistics.num_images += count
+@dataclass
+class _Part:
+    """What this process adds to the statistics in one segment. layers: in one process those of the statistics."""
+
+    shapes: dict[int, Shape]
+    layers: dict[int, LayerStatistics]
+    moments: dict[int, dict[int, Moments]]  # by batch number and layer
+    num_images: int = 0
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> Self:
+        layers = statistics.layers
+        if current().size > 1:
+            layers = {layer: LayerStatistics.empty(shape) for layer, shape in statistics.shapes.items()}
+        return cls(statistics.shapes, layers, {})
+
+    def add(self, model: VisionTransformer, all_labels: np.ndarray, share: Share, seed: int, autocast: bool) -> None:
+        """One batch of every layer."""
+        config, count = model.config, len(share.images)
+        with recording(model) as routings, recording_probabilities(model) as found, autocast_context(model, autocast):
+            model(prepare(model, share.images))
+        labels, indices = share.labels.numpy(), share.indices.numpy()
+        first = next(iter(self.shapes.values()))  # labels, positions and P are the same in all layers
+        shuffles = make_shuffles(first, all_labels, indices, seed)
+        moments = self.moments.setdefault(share.number, {})
+        for layer, table in self.layers.items():
+            probabilities = found[layer][0]
+            requests = requests_of(with_probabilities(routings[layer][0], probabilities), config, count)
+            entropy = entropy_bits(probabilities, config, count).cpu().numpy()
+            moments[layer] = table.add(self.shapes[layer], requests, entropy, labels, indices, shuffles)
+        self.num_images += count
+
+    def merge_into(self, statistics: Statistics) -> None:
+        """Adds the parts of all processes. Collective."""
+        statistics.num_images += sum(gather(self.num_images))
+        if current().size > 1:
+            for layer, table in self.layers.items():
+                into = statistics.layers[layer]
+                for name, array in table.counts().items():
+                    getattr(into, name)[...] += sum_of_all(torch.from_numpy(array)).numpy()
+                for best in gather({name: getattr(table, name) for name in BEST}):
+                    into.merge_best(best)
+        moments = {number: layers for part in gather(self.moments) for number, layers in part.items()}
+        for number in sorted(moments):
+            for layer, batch in moments[number].items():
+                statistics.layers[layer].add_moments(batch)
 
 
 def _shape(config: ModelConfig, layer: int, classes: int, shuffles: int, gallery: int) -> Shape:

@@ -16,8 +16,10 @@ from torch import Tensor
 from visionmoe.analysis.record import experts_per_token, recording, to_grid
 from visionmoe.config import ModelConfig, RoutingSetting
 from visionmoe.data.transforms import to_uint8
+from visionmoe.distributed.world import current, gather
 from visionmoe.evaluate.adaptive import most_selected_experts, restored_routing, set_routing
-from visionmoe.evaluate.classify import Loader, autocast_context, evaluation_mode, prepare
+from visionmoe.evaluate.forward import Loader, autocast_context, evaluation_mode, prepare
+from visionmoe.evaluate.shared_batches import broken_of_all, rows_in_order, shared_batches
 from visionmoe.model.routing import Routing
 from visionmoe.model.vit import ModelOutput, VisionTransformer
 
@@ -87,13 +89,14 @@ def record_compute(
     """Runs all images at `setting` and at the model's own, which is restored.
 
     Returns the table, and the `examples` images that got least and most, in the order of what they got. on_batch:
-    called with the number of images of every batch.
+    called with the number of images of every batch. Several processes share the batches, and all get the whole.
     """
-    columns: list[tuple[Tensor, ...]] = []
-    fewest: list[Example] = []
-    most: list[Example] = []
+    rows: dict[int, tuple[Tensor, ...]] = {}
+    fewest: list[_Ranked] = []
+    most: list[_Ranked] = []
     with evaluation_mode(model):
-        for images, labels, indices in loader:
+        for batch in shared_batches(model, loader, autocast=autocast):
+            images, labels = batch.images, batch.labels
             own = _losses(_forward(model, images, autocast), labels)
             with restored_routing(model), recording(model) as records:
                 set_routing(model, setting)
@@ -101,16 +104,29 @@ def record_compute(
             routings = {layer: found[0] for layer, found in records.items()}
             share = shares_per_image(routings, model.config, len(images)).cpu()
             tokens = tokens_per_image(routings[model.moe_layers[-1]], model.config, len(images)).cpu()
-            columns.append((share, tokens, *here, *own, labels, indices))
+            row = rows[batch.number] = (share, tokens, *here, *own, labels, batch.indices)
             order = share.argsort(stable=True).tolist()
-            for chosen, places in ((fewest, order[:examples]), (most, order[::-1][:examples])):
-                chosen += _examples(model.config, routings, images, columns[-1], places)
-            fewest = sorted(fewest, key=lambda e: e.share)[:examples]
-            most = sorted(most, key=lambda e: -e.share)[:examples]
-            on_batch(len(images))
+            for chosen, places, sign in ((fewest, order[:examples], 1), (most, order[::-1][:examples], -1)):
+                found = _examples(model.config, routings, images, row, places)
+                chosen += [((sign * e.share, batch.number, n), e) for n, e in enumerate(found)]
+            fewest, most = _first(fewest, examples), _first(most, examples)
+            on_batch(batch.progress)
+    broken_of_all(loader)
+    columns = rows_in_order(rows)
     if not columns:
         raise ValueError("the data has no images")
-    return ImageCompute(*(torch.cat(column) for column in zip(*columns, strict=True))), fewest, most
+    least, best = (
+        [example for _, example in _first([one for part in gather(own) for one in part], examples)]
+        for own in (fewest, most)
+    )
+    return ImageCompute(*columns), least, best
+
+
+_Ranked = tuple[tuple[float, int, int], Example]  # what it got, its batch, its place among the batch's: its rank
+
+
+def _first(examples: list[_Ranked], count: int) -> list[_Ranked]:
+    return sorted(examples, key=lambda ranked: ranked[0])[:count]
 
 
 def quartiles(compute: ImageCompute) -> list[dict[str, float]]:
@@ -155,7 +171,8 @@ def draw_compute_per_image(
     setting = RoutingSetting(most_selected_experts(model), capacity_factor, True)
     compute, fewest, most = record_compute(model, loader, setting, autocast=autocast, on_batch=on_batch)
     by_quarter = quartiles(compute)
-    figures.compute_per_image(path, fewest, most, by_quarter, compute.share.tolist(), class_names, setting)
+    if current().is_first:
+        figures.compute_per_image(path, fewest, most, by_quarter, compute.share.tolist(), class_names, setting)
     return {
         "setting": asdict(setting),
         "what": "share: kept routing requests of an image over those that it makes, mean over the sparse layers; "

@@ -19,16 +19,22 @@ from visionmoe.model.vit import VisionTransformer
 class RandomRouter(Router):
     """A trained router whose probabilities are dealt to the experts in a random order, anew for every token.
 
+    The order follows from the seed, the number of the batch (see `start`) and the place in it alone.
     So the K experts of a token are drawn uniformly without replacement, while its K weights, largest first, its
     priority, the capacity and K stay what the trained router gave. With expert choice, experts choose by such dealt
     probabilities.
     """
 
-    def __init__(self, trained: Router, seed: int) -> None:
+    def __init__(self, trained: Router, seed: Sequence[int]) -> None:
         nn.Module.__init__(self)  # not Router's: the weights are those of the trained one
         self.config, self.gate = trained.config, trained.gate
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generator = tuple(seed), torch.Generator()
+        self.start(0)
         self.train(trained.training)
+
+    def start(self, batch: int) -> None:
+        """The next call is of batch number `batch`."""
+        self.generator.manual_seed(int(np.random.SeedSequence([*self.seed, batch]).generate_state(1)[0]))
 
     def _route(self, probs: Tensor, setting: RoutingSetting) -> Routing:
         order = torch.rand(probs.shape, generator=self.generator).argsort(-1).to(probs.device)
@@ -36,17 +42,27 @@ class RandomRouter(Router):
 
 
 @contextlib.contextmanager
-def random_routers(model: VisionTransformer, layers: Sequence[int], seed: int) -> Iterator[None]:
-    """While the body runs, the routers of these blocks choose at random; afterwards they are the trained ones again."""
+def random_routers(model: VisionTransformer, layers: Sequence[int], seed: int) -> Iterator[Callable[[int], None]]:
+    """While the body runs, the routers of these blocks choose at random; afterwards they are the trained ones again.
+
+    Yields a function to be called with the number of a batch before it runs.
+    """
     trained: list[tuple[MoE, Router]] = []
+    random: list[RandomRouter] = []
     try:
         for layer in layers:
             sparse = model.moe_layer(layer)
             if not isinstance(sparse, MoE):
                 raise ValueError("the model has no layers that route tokens to experts")
             trained.append((sparse, sparse.router))
-            sparse.router = RandomRouter(sparse.router, int(np.random.SeedSequence([seed, layer]).generate_state(1)[0]))
-        yield
+            random.append(RandomRouter(sparse.router, [seed, layer]))
+            sparse.router = random[-1]
+
+        def start(batch: int) -> None:
+            for router in random:
+                router.start(batch)
+
+        yield start
     finally:
         for sparse, router in trained:
             sparse.router = router
@@ -73,17 +89,20 @@ def ablations(layers: Sequence[int], seeds: int) -> list[Ablation]:
 
 def run_ablations(
     model: VisionTransformer,
-    evaluate: Callable[[VisionTransformer], dict[str, Any]],
+    evaluate: Callable[[VisionTransformer, Callable[[int], None]], dict[str, Any]],
     wanted: Sequence[Ablation],
     done: dict[str, dict[str, float]],
     on_done: Callable[[], None],
 ) -> None:
-    """Evaluates what `done` lacks; puts {"top1", "loss"} of each into it by its name, then calls on_done."""
+    """Evaluates what `done` lacks; puts {"top1", "loss"} of each into it by its name, then calls on_done.
+
+    evaluate: calls its second argument with the number of every batch before it runs, as `ClassificationEvaluator`.
+    """
     for ablation in wanted:
         if ablation.name in done:
             continue
-        with random_routers(model, ablation.layers, ablation.seed):
-            result = evaluate(model)
+        with random_routers(model, ablation.layers, ablation.seed) as start:
+            result = evaluate(model, start)
         done[ablation.name] = {"top1": result["top1"], "loss": result["loss"]}
         on_done()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from visionmoe.config import ModelConfig, RoutingSetting
 from visionmoe.evaluate.adaptive import restored_routing, set_routing
-from visionmoe.evaluate.classify import autocast_context, evaluation_mode, prepare
+from visionmoe.evaluate.forward import autocast_context, evaluation_mode, prepare
 from visionmoe.model.router import Router
 from visionmoe.model.routing import Routing
 from visionmoe.model.vit import VisionTransformer

@@ -13,7 +13,7 @@ from visionmoe.analysis.seriation import seriate
 from visionmoe.config import RoutingSetting
 from visionmoe.data.transforms import to_uint8
 from visionmoe.evaluate.adaptive import SweepPoint, most_selected_experts
-from visionmoe.evaluate.classify import Loader
+from visionmoe.evaluate.forward import Loader
 from visionmoe.model.vit import VisionTransformer
 
 Curves = tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[list[float]]]]

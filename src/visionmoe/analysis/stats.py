@@ -11,6 +11,7 @@ from visionmoe.analysis.record import Requests, count_by_image
 from visionmoe.data.randomness import sample_keys, shuffled_indices, uniform
 
 WEIGHT_BINS, ENTROPY_BINS = 50, 50
+BEST = ("best_weight", "best_image", "best_token", "best_label")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Shuffles:
 
     labels: np.ndarray
     tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What one batch adds to the statistics of a layer that is no integer, so that the order matters in which batches
+    are added: weights (K, 3) and entropies (1, 3) as count, mean, squared deviations; entropy_by_position (T,)."""
+
+    weights: np.ndarray
+    entropies: np.ndarray
+    entropy_by_position: np.ndarray
 
 
 @dataclass
@@ -99,15 +110,36 @@ class LayerStatistics:
         labels: np.ndarray,
         indices: np.ndarray,
         shuffles: Shuffles,
-    ) -> None:
-        """One batch. entropy: (B, T, M) in bits. labels, indices: (B,), indices of the images in their source."""
+    ) -> Moments:
+        """One batch, but for its moments, which are to be given to `add_moments` in the order of the batches.
+
+        entropy: (B, T, M) in bits. labels, indices: (B,), indices of the images in their source.
+        """
         self.images += np.bincount(labels, minlength=shape.classes)
         self._add_tables(shape, requests, labels, shuffles)
-        self._add_weights(shape, requests)
-        self._add_entropy(shape, entropy)
+        weights = self._add_weights(shape, requests)
+        self.entropies += histogram(entropy.ravel(), ENTROPY_BINS, np.log2(max(2, shape.experts_seen)))
         pair = np.unique(requests.image[requests.kept] * shape.tokens + requests.token[requests.kept])
         self.served_by_position += np.bincount(pair % shape.tokens, minlength=shape.tokens)
         self._add_best(shape, requests, labels, indices)
+        values = entropy.astype(np.float64)
+        return Moments(weights, moments_of(values.ravel())[None], values.mean(2).sum(0))
+
+    def add_moments(self, moments: Moments) -> None:
+        for own, batch in zip(self.weight_moments, moments.weights, strict=True):
+            merge_moments(own, batch)
+        merge_moments(self.entropy_moments[0], moments.entropies[0])
+        self.entropy_by_position += moments.entropy_by_position
+
+    def counts(self) -> dict[str, np.ndarray]:
+        """The tables of integers that only grow: those of two parts of the images are added up."""
+        return {name: array for name, array in self.arrays().items()
+                if array.dtype == np.int64 and not name.startswith("best_")}  # fmt: skip
+
+    def merge_best(self, other: Mapping[str, np.ndarray]) -> None:
+        """Takes up the strongest requests, best_*, of other images."""
+        there = other["best_image"] >= 0
+        self._choose_best(np.nonzero(there)[0], {name: other[name][there] for name in BEST})
 
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays().values())
@@ -128,33 +160,31 @@ class LayerStatistics:
             token = shuffles.tokens[number][requests.image, requests.token]
             self.shuffled_position[number] += _by_token(token, requests, shape)
 
-    def _add_weights(self, shape: Shape, requests: Requests) -> None:
+    def _add_weights(self, shape: Shape, requests: Requests) -> np.ndarray:
+        """Returns the moments (K, 3)."""
         cell = requests.rank * shape.experts + requests.expert
         for table, chosen in ((self.asked, slice(None)), (self.kept, requests.kept)):
             table += np.bincount(cell[chosen], minlength=table.size).reshape(table.shape)
+        moments = np.zeros((shape.choices, 3))
         for rank in range(shape.choices):
             values = requests.weight[requests.rank == rank].astype(np.float64)
             self.weights[rank] += histogram(values, WEIGHT_BINS, 1.0)
-            merge_moments(self.weight_moments[rank], values)
-
-    def _add_entropy(self, shape: Shape, entropy: np.ndarray) -> None:
-        self.entropies += histogram(entropy.ravel(), ENTROPY_BINS, np.log2(max(2, shape.experts_seen)))
-        merge_moments(self.entropy_moments[0], entropy.ravel().astype(np.float64))
-        self.entropy_by_position += entropy.astype(np.float64).mean(2).sum(0)
+            moments[rank] = moments_of(values)
+        return moments
 
     def _add_best(self, shape: Shape, requests: Requests, labels: np.ndarray, indices: np.ndarray) -> None:
         patch = requests.token >= shape.tokens - shape.patches
+        image = requests.image[patch]
+        columns = (requests.weight[patch], indices[image], requests.token[patch], labels[image])
+        self._choose_best(requests.expert[patch], dict(zip(BEST, columns, strict=True)))
+
+    def _choose_best(self, expert: np.ndarray, requests: Mapping[str, np.ndarray]) -> None:
+        """Keeps the strongest of the present ones and of these, all (R,)."""
         seen = self.best_image >= 0
-        expert_of_seen = np.nonzero(seen)[0]
-        expert = np.concatenate([expert_of_seen, requests.expert[patch]])
-        columns = {
-            "best_weight": np.concatenate([self.best_weight[seen], requests.weight[patch]]),
-            "best_image": np.concatenate([self.best_image[seen], indices[requests.image[patch]]]),
-            "best_token": np.concatenate([self.best_token[seen], requests.token[patch]]),
-            "best_label": np.concatenate([self.best_label[seen], labels[requests.image[patch]]]),
-        }
+        expert = np.concatenate([np.nonzero(seen)[0], expert])
+        columns = {name: np.concatenate([getattr(self, name)[seen], requests[name]]) for name in BEST}
         best = (columns["best_weight"], columns["best_image"], columns["best_token"])
-        chosen, place = best_requests(expert, *best, most=shape.gallery)
+        chosen, place = best_requests(expert, *best, most=self.best_image.shape[1])
         for name, column in columns.items():
             getattr(self, name)[expert[chosen], place] = column[chosen]
 
@@ -183,15 +213,20 @@ def histogram(values: np.ndarray, bins: int, highest: float) -> np.ndarray:
     return np.bincount(np.clip((values / highest * bins).astype(np.int64), 0, bins - 1), minlength=bins)
 
 
-def merge_moments(moments: np.ndarray, values: np.ndarray) -> None:
-    """Adds values to (count, mean, sum of squared deviations), in place (Chan, Golub and LeVeque, 1983)."""
-    if not len(values):
-        return
+def moments_of(values: np.ndarray) -> np.ndarray:
+    """Count, mean, sum of squared deviations of values (N,), float64 (3,)."""
+    mean = values.mean() if len(values) else 0.0
+    return np.array([len(values), mean, ((values - mean) ** 2).sum()])
+
+
+def merge_moments(moments: np.ndarray, others: np.ndarray) -> None:
+    """Adds what `moments_of` gives for more values, in place (Chan, Golub and LeVeque, 1983)."""
     count, mean, squares = moments
-    total, delta = count + len(values), values.mean() - mean
-    moments[1] = mean + delta * len(values) / total
-    moments[2] = squares + ((values - values.mean()) ** 2).sum() + delta**2 * count * len(values) / total
-    moments[0] = total
+    more, more_mean, more_squares = others
+    if not more:
+        return
+    total, delta = count + more, more_mean - mean
+    moments[:] = total, mean + delta * more / total, squares + more_squares + delta**2 * count * more / total
 
 
 def _by_token(token: np.ndarray, requests: Requests, shape: Shape) -> np.ndarray:

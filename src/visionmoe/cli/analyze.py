@@ -10,6 +10,7 @@ from visionmoe.analysis.summary import summarise_layer
 from visionmoe.cli.options import Analyze
 from visionmoe.cli.shared import evaluation_images, load_model, output_folder, progress
 from visionmoe.config import to_dict
+from visionmoe.distributed.world import current
 from visionmoe.files import write_json
 
 
@@ -29,6 +30,8 @@ def run(options: Analyze) -> None:
     done = analysis.load_evaluations()
     with progress("random routers", analysis.missing(done) * loader.num_images) as advance:
         random = analysis.run_random_routers(done, advance)
+    if not current().is_first:
+        return
     with progress("pictures", len(statistics.layers) + 1 + len(FRAMES) * len(orders_of(model))) as advance:
         layers = {n: summarise_layer(t, statistics.shapes[n], loader.class_names)
                   for n, t in statistics.layers.items()}  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Any
 from visionmoe.cli.options import Evaluate
 from visionmoe.cli.shared import evaluation_images, load_model, output_folder, progress
 from visionmoe.config import to_dict
+from visionmoe.distributed.world import current
 from visionmoe.evaluate.classify import evaluate
 from visionmoe.files import write_json
 from visionmoe.model.flops import count_flops
@@ -19,6 +20,8 @@ def run(options: Evaluate) -> None:
     loader = evaluation_images(options, model)
     with progress("evaluating", loader.num_images) as advance:
         result = evaluate(model, loader, autocast=options.bf16, class_names=loader.class_names, on_batch=advance)
+    if not current().is_first:
+        return
     write_json(
         out / "results.json",
         {

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from visionmoe.cli.options import Fewshot
-from visionmoe.cli.shared import load_model, output_folder, progress
+from visionmoe.cli.shared import load_model, open_loader, output_folder, progress
 from visionmoe.config import to_dict
 from visionmoe.data.config import DataConfig
-from visionmoe.data.loader import EvalLoader
+from visionmoe.distributed.world import current
 from visionmoe.evaluate.features import FeatureCache
 from visionmoe.evaluate.fewshot import FewShotData, FewShotEvaluator, FewShotResult
 from visionmoe.files import write_json
@@ -39,6 +39,8 @@ def run(options: Fewshot) -> None:
             on_fit=lambda: advance(per_fit),
         )
         results = evaluator.evaluate(model)
+    if not current().is_first:
+        return
     figures.accuracy_over_shots(out / "fewshot.png", results)
     write_json(out / "results.json", summary(options, model, data, results))
     for line in table(results):
@@ -71,7 +73,7 @@ def fewshot_data(
     for source, train, test in zip(sources, trains, tests, strict=True):
         if train == test:
             raise ValueError(f"{source}: the training and the test split must differ, got {train!r} for both")
-        loaders = [EvalLoader(dataclasses.replace(base, source=source, eval_split=split)) for split in (train, test)]
+        loaders = [open_loader(dataclasses.replace(base, source=source, eval_split=split)) for split in (train, test)]
         data.append(FewShotData(source, *loaders))
     return data
 

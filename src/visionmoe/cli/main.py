@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE
         return _run(name, arguments[1:])
     except KeyboardInterrupt:
-        print("\nvisionmoe: interrupted", file=sys.stderr)
+        if _is_first():
+            print("\nvisionmoe: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as in `visionmoe info ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -99,8 +100,23 @@ def _run(name: str, arguments: list[str]) -> int:
 
             return launch(processes, [name, *arguments])
     keep_freed_memory()
-    with warnings_on_stderr(), _job():
+    with _first_speaks(), warnings_on_stderr(), _job():
         return importlib.import_module(module).run(chosen) or DONE
+
+
+def _is_first() -> bool:
+    """Whether this process is the only one of its job, or the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Within it, what processes print that are not the first of their job is not seen."""
+    if _is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _job() -> contextlib.AbstractContextManager:
@@ -161,8 +177,8 @@ def _message(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def warnings_on_stderr() -> Iterator[None]:
-    """Within it, warnings of this package are lines on standard error."""
-    logger, handler = logging.getLogger("visionmoe"), _StandardError(logging.WARNING)
+    """Within it, warnings of this package are lines on standard error; of several processes those of the first."""
+    logger, handler = logging.getLogger("visionmoe"), _StandardError(logging.WARNING if _is_first() else logging.ERROR)
     logger.addHandler(handler)
     try:
         yield

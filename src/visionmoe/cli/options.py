@@ -211,6 +211,8 @@ class Fewshot:
     """Compute features in bfloat16 where that is safe."""
     device: Text = None
     """cpu, cuda, ... Default: a GPU where there is one."""
+    nproc: Integer = None
+    """Processes on this machine that share the work, as torchrun would start them."""
     cache: Folder = None
     """Where features are kept, for other shots and seeds and for going on after a stop. Default: OUT/features."""
     refresh: bool = False

@@ -15,6 +15,7 @@ from visionmoe.cli.options import ModelOnImages
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import KINDS
+from visionmoe.distributed.world import current, first_before_others, own_device
 from visionmoe.model.hub import first_line
 from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.config import read_config
@@ -47,9 +48,11 @@ def model_folder(path: str) -> str:
 
 def load_model(path: str, config: Path | None, device: str | None, image_size: int | None = None) -> VisionTransformer:
     """The trained model in evaluation mode on the device (None: a GPU where there is one)."""
-    chosen = choose_device(device)
+    chosen = own_device(choose_device(device))
     overrides: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
-    return load(model_folder(path), config, **overrides).to(chosen)
+    place = model_folder(path)
+    with first_before_others(when=not any(Path(name).exists() for name in (place, f"{place}.index"))):
+        return load(place, config, **overrides).to(chosen)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -84,7 +87,7 @@ def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalL
     if model.preprocessing.resize_to is not None:
         changes["eval_resize"] = model.preprocessing.resize_to
     data = dataclasses.replace(run, **changes)
-    loader = EvalLoader(data)
+    loader = open_loader(data)
     if loader.num_classes > config.num_classes:
         raise ValueError(f"the model has {config.num_classes} classes, {data.source} has {loader.num_classes}")
     difference = names_differ(model.class_names, loader.class_names)
@@ -94,6 +97,12 @@ def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalL
             "class %d is %r for the model and %r in %s: classes are compared by number", number, own, other, data.source
         )
     return loader
+
+
+def open_loader(data: DataConfig) -> EvalLoader:
+    """The images; of several processes the first one is the first to ask a library that may fetch them."""
+    with first_before_others(when=data.source.startswith(("hf:", "torchvision:"))):
+        return EvalLoader(data)
 
 
 def names_differ(model_names: Sequence[str] | None, data_names: Sequence[str]) -> tuple[int, str, str] | None:
@@ -116,11 +125,14 @@ def data_of_run(path: str, *, required: bool) -> DataConfig:
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress line on stderr where that is a terminal; yields the function that advances it."""
+    """A progress line on stderr where that is a terminal; yields the function that advances it.
+
+    Of several processes the first one shows it.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal or not current().is_first) as bar:
         task = bar.add_task(title, total=total)
         yield lambda amount: bar.advance(task, amount)

@@ -12,6 +12,7 @@ from visionmoe.cli.options import Sweep
 from visionmoe.cli.shared import evaluation_images, load_model, output_folder, progress
 from visionmoe.config import RoutingSetting, to_dict
 from visionmoe.data.loader import EvalLoader
+from visionmoe.distributed.world import current, from_first
 from visionmoe.evaluate.adaptive import (
     DensePoint,
     LayerSettings,
@@ -60,9 +61,11 @@ def run(options: Sweep) -> None:
     if dense is not None and dense_context is not None:
         dense_point = evaluate_dense(options, dense, store, dense_context)
     points, dense_point, timing = with_times(options, model, first, points, layers, dense, dense_point, store, context)
+    per_image = compute_per_image(options, model, loader, store, context)
+    if not current().is_first:
+        return
     figures.accuracy_against_compute(out / "accuracy_vs_compute.png", points, dense=dense_point)
     figures.accuracy_against_time(out / "accuracy_vs_time.png", points, dense=dense_point)
-    per_image = compute_per_image(options, model, loader, store, context)
     frontier = pareto_frontier(points)
     write_json(
         out / "results.json",
@@ -192,13 +195,14 @@ def compute_per_image(
     path = options.out / "per_image_compute.png"
     key = context | {"measure": "compute per image", "capacity": CAPACITY, "routing": plain(layer_settings(model))}
     found = store.get(key)
-    if found is None or not path.is_file() or found["sha256"] != sha256(path):
+    if from_first(found is None or not path.is_file() or found["sha256"] != sha256(path)):
         with progress("what each image gets", loader.num_images) as advance:
             numbers = draw_compute_per_image(
                 path, model, loader, loader.class_names, autocast=options.bf16, on_batch=advance
             )
-        found = {"sha256": sha256(path), "numbers": numbers}
-        store.put(key, found)
+        if current().is_first:
+            store.put(key, {"sha256": sha256(path), "numbers": numbers})
+        found = store.get(key)
     return found["numbers"]
 
 

@@ -15,6 +15,7 @@ from visionmoe.cli.sweep import first_batch
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import Slice, Source, open_source
 from visionmoe.data.splits import slice_indices
+from visionmoe.distributed.world import current
 from visionmoe.evaluate.adaptive import Evaluate, LayerSettings, apply_routing, layer_settings, restored_routing
 from visionmoe.evaluate.calibrated import CalibratedEvaluator
 from visionmoe.evaluate.classify import ClassificationEvaluator
@@ -67,6 +68,8 @@ def run(options: Tune) -> int:
     work = Work(options, model, images, ResultStore(out))
     tuned, budget, speed = work.tuned()
     measured = work.held_out(tuned)
+    if not current().is_first:
+        return 0 if speed is None or speed.met else 1
     apply_routing(model, tuned.chosen.routing)
     model.save_pretrained(options.out / "model")  # with the names of classes and the preprocessing that it came with
     routings = {"present": work.present, "uniform": tuned.uniform.routing, "tuned": tuned.chosen.routing}

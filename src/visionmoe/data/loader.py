@@ -15,6 +15,7 @@ from visionmoe.data.batches import Batch, Batches, EvalBatches, TrainBatches
 from visionmoe.data.config import DataConfig
 from visionmoe.data.decode import one_line
 from visionmoe.data.sources import Source, open_source
+from visionmoe.distributed.world import current, gather
 
 _log = logging.getLogger(__name__)
 
@@ -45,12 +46,16 @@ class _Loader:
             if isinstance(made, ValueError):
                 raise made
             for index, reason in made.broken:
-                name = self.source.name(index)
-                if name not in self.broken:
-                    self.broken[name] = reason
-                    _log.warning("skipped a broken image, %s: %s", name, reason)
-                self._batches.report(index, reason)  # what workers find must also count here, together
+                self._note(index, reason)  # what workers find must also count here, together
             yield made
+
+    def _note(self, index: int, reason: str, say: bool = True) -> None:
+        name = self.source.name(index)
+        if name not in self.broken:
+            self.broken[name] = reason
+            if say:
+                _log.warning("skipped a broken image, %s: %s", name, reason)
+        self._batches.report(index, reason)
 
     def _made(self, numbers: range) -> Iterator[Batch | ValueError]:
         if self.config.workers:
@@ -139,11 +144,26 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return self.batches()
 
-    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """As iterating, but from batch number `start` on."""
-        for batch in self._run(range(start, self._count)):
+    def batches(self, start: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As iterating, but only batches number start, start + step, ...: so processes can share whole batches.
+
+        Every process notes the broken images of its own batches alone. Raises ValueError for start < 0 or step < 1.
+        """
+        if start < 0 or step < 1:
+            raise ValueError(f"start must be >= 0 and step >= 1, got {start} and {step}")
+        for batch in self._run(range(start, self._count, step)):
             if len(batch.images):
                 yield batch.images, batch.labels, batch.indices
+
+    def merge_broken(self) -> None:
+        """Every process gets the broken images that the others met, too. Collective; raises as iterating."""
+        if current().size == 1:
+            return
+        found = {index: reason for part in gather(self._batches.broken) for index, reason in part.items()}
+        self._batches.broken.clear()
+        self.broken, known = {}, self.broken
+        for index in sorted(found):  # as one process meets them
+            self._note(index, found[index], say=self.source.name(index) not in known)
 
 
 def _check_ranks(rank: int, world_size: int) -> None:

@@ -1,5 +1,6 @@
 """`visionmoe COMMAND --nproc N`: starts the command N times on this machine, as torchrun would."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
     When one ends, the others are told to, and after 25 seconds made to: no process is left behind.
     """
+    _silence()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,
@@ -38,3 +40,10 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     except SignalException as signal:
         return 128 + signal.sigval.value
     return 0
+
+
+def _silence() -> None:
+    """The launcher's own account of processes that end: what a user has to know the processes and `launch` print."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)

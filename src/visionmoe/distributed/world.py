@@ -84,7 +84,7 @@ def joined() -> Iterator[World]:
     try:
         with lost_ranks_named():
             yield current()
-    except (ValueError, OSError, LostRankError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, LostRankError) as error:
         if store.add("visionmoe/failed", 1) > 1:
             raise SystemExit(1 if isinstance(error, LostRankError) else 2) from error
         raise
@@ -116,6 +116,38 @@ def gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def gather_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every process's tensor (on the CPU, of any shape and size), by rank, on every process. Collective."""
+    world = current()
+    if world.size == 1:
+        return [tensor]
+    found = []
+    for rank, (shape, dtype) in enumerate(gather((tuple(tensor.shape), tensor.dtype))):
+        found.append(tensor.contiguous() if rank == world.rank else torch.empty(shape, dtype=dtype))
+        if found[-1].numel():
+            dist.broadcast(found[-1], src=rank)
+    return found
+
+
+def tensor_of_first(tensor: torch.Tensor | None) -> torch.Tensor:
+    """The first process's tensor (on the CPU), on every process; what the others give is not looked at. Collective."""
+    tensor = tensor if current().is_first else None
+    about = from_first(None if tensor is None else (tuple(tensor.shape), tensor.dtype))
+    assert about is not None
+    found = torch.empty(about[0], dtype=about[1]) if tensor is None else tensor.contiguous()
+    if current().size > 1 and found.numel():
+        dist.broadcast(found, src=0)
+    return found
+
+
+def sum_of_all(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes of tensors (on the CPU, of one shape), a new one on every process. Collective."""
+    total = tensor.clone()
+    if current().size > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def from_first(value: T) -> T:
     """The first process's `value` (small, plain Python), on every process. Collective."""
     if current().size == 1:
@@ -123,6 +155,19 @@ def from_first(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextlib.contextmanager
+def first_before_others(when: bool = True) -> Iterator[None]:
+    """The first process runs the body, then the others do: what it fetches from elsewhere they find. Collective.
+
+    when: False runs it in all at the same time.
+    """
+    if when and not current().is_first:
+        barrier()
+    yield
+    if when and current().is_first:
+        barrier()
 
 
 def barrier() -> None:

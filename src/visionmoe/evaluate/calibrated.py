@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionmoe.evaluate.classify import Loader, autocast_context, check_labels, evaluation_mode, prepare
+from visionmoe.evaluate.classify import check_labels
+from visionmoe.evaluate.forward import Loader, autocast_context, evaluation_mode, prepare
+from visionmoe.evaluate.shared_batches import broken_of_all, rows_in_order, shared_batches
 
 _SHARPEST = 32.0  # the largest inverse temperature that is looked for; the smallest is its reciprocal
 
@@ -34,21 +36,25 @@ class CalibratedEvaluator:
         self.loader, self.autocast, self.keep_images, self.on_batch = loader, autocast, keep_images, on_batch
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Evaluates in evaluation mode. Raises ValueError without images or with labels that the model lacks."""
-        parts = []
+        """Evaluates in evaluation mode. Raises ValueError without images or with labels that the model lacks.
+
+        Several processes share the batches, and all get the whole result. Collective.
+        """
+        rows: dict[int, tuple[Tensor, ...]] = {}
         with evaluation_mode(model):
-            for images, labels, _ in self.loader:
+            for share in shared_batches(model, self.loader, autocast=self.autocast):
                 with autocast_context(model, self.autocast):
-                    out = model(prepare(model, images))
-                predictions = out.predictions()[: len(images)].float().cpu()
-                check_labels(labels, predictions.shape[1])
-                parts.append((predictions.clamp_min(1e-30).log(), labels))
+                    out = model(prepare(model, share.images))
+                predictions = out.predictions()[: len(share.images)].float().cpu()
+                check_labels(share.labels, predictions.shape[1])
+                rows[share.number] = predictions.clamp_min(1e-30).log(), share.labels
                 if self.on_batch is not None:
-                    self.on_batch(len(labels))
-        if not parts:
+                    self.on_batch(share.progress)
+        broken_of_all(self.loader)
+        columns = rows_in_order(rows)
+        if not columns:
             raise ValueError("the evaluation data has no images")
-        log_probs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-        return self._summary(log_probs, labels)
+        return self._summary(*columns)
 
     def _summary(self, log_probs: Tensor, labels: Tensor) -> dict[str, Any]:
         sharpness = best_sharpness(log_probs, labels)

@@ -1,62 +1,66 @@
 """Classification: top-1, top-5, loss, accuracy of every class, and speed over one pass of a loader."""
 
-import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""images (B,C,H,W) in [-1, 1], labels (B,) int64, indices (B,) of the images in their source."""
-
-
-class Loader(Protocol):
-    """What evaluation needs of a loader; visionmoe.data.EvalLoader and a list of batches are such."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
+from visionmoe.distributed.world import gather
+from visionmoe.evaluate.forward import Loader, autocast_context, evaluation_mode, prepare
+from visionmoe.evaluate.shared_batches import Share, broken_of_all, shared_batches
 
 
 @dataclass
 class Totals:
-    """Sums over the images seen so far; per_class_* are (classes,)."""
+    """Sums over the images seen so far; per_class_* are (classes,).
+
+    parts: of each batch, by its number, what is no integer: its summed loss and its share of dropped requests times its
+    images, by name. Added up in the order of the batches they do not depend on who evaluated which.
+    """
 
     num_images: int = 0
-    loss: float = 0.0
     top5: int = 0
     per_class_correct: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     per_class_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    dropped: dict[str, float] = field(default_factory=dict)
+    parts: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, predictions: Tensor, losses: Tensor, labels: Tensor) -> Self:
-        """Counts one batch: predictions (B, classes) probabilities, losses (B,), labels (B,), all on the CPU."""
-        classes = predictions.shape[1]
+    def of(cls, predictions: Tensor, losses: Tensor, labels: Tensor, number: int, dropped: Mapping[str, float]) -> Self:
+        """Counts batch `number`: predictions (B, classes) probabilities, losses (B,), labels (B,), all on the CPU."""
+        classes, size = predictions.shape[1], len(labels)
         best = predictions.topk(min(5, classes), dim=1).indices
         hits = best == labels[:, None]
         return cls(
-            num_images=len(labels),
-            loss=losses.double().sum().item(),
+            num_images=size,
             top5=int(hits.any(1).sum()),
             per_class_correct=torch.bincount(labels[hits[:, 0]], minlength=classes),
             per_class_images=torch.bincount(labels, minlength=classes),
+            parts={number: {"loss": losses.double().sum().item()} | {k: size * v for k, v in dropped.items()}},
         )
 
     def add(self, other: Self) -> None:
+        if not other.num_images:
+            return
         if not self.num_images:
             self.per_class_correct = torch.zeros_like(other.per_class_correct)
             self.per_class_images = torch.zeros_like(other.per_class_images)
         self.num_images += other.num_images
-        self.loss += other.loss
         self.top5 += other.top5
         self.per_class_correct = self.per_class_correct + other.per_class_correct
         self.per_class_images = self.per_class_images + other.per_class_images
-        for name, value in other.dropped.items():
-            self.dropped[name] = self.dropped.get(name, 0.0) + value
+        self.parts |= other.parts
+
+    def sums(self) -> dict[str, float]:
+        """Of the parts, by name."""
+        sums: dict[str, float] = {}
+        for number in sorted(self.parts):
+            for name, value in self.parts[number].items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
 
 
 class ClassificationEvaluator:
@@ -88,23 +92,38 @@ class ClassificationEvaluator:
         self.class_names = None if class_names is None else list(class_names)
         self.on_batch = on_batch
 
-    def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Evaluates `model` in evaluation mode and leaves its mode as it was. Raises ValueError without images."""
+    def __call__(self, model: nn.Module, on_start: Callable[[int], None] = lambda number: None) -> dict[str, Any]:
+        """Evaluates `model` in evaluation mode and leaves its mode as it was. Raises ValueError without images.
+
+        Of several processes (visionmoe.distributed) each evaluates some of the batches; all get the same result, whose
+        speeds are those of all together. Collective. on_start: called with the number of every batch before it runs.
+        """
         totals, model_seconds, start = Totals(), 0.0, time.perf_counter()
         with evaluation_mode(model):
-            for images, labels, _ in self.loader:
+            for share in shared_batches(model, self.loader, autocast=self.autocast):
+                on_start(share.number)
                 began = time.perf_counter()
-                totals.add(self._batch(model, images, labels))
+                totals.add(self._batch(model, share))
                 model_seconds += time.perf_counter() - began
                 if self.on_batch is not None:
-                    self.on_batch(len(labels))
-        if not totals.num_images:
+                    self.on_batch(share.progress)
+        speed = totals.num_images / model_seconds if totals.num_images else 0.0
+        of_all, speeds = Totals(), 0.0
+        for own, own_speed in gather((totals, speed)):
+            of_all.add(own)
+            speeds += own_speed
+        broken = broken_of_all(self.loader)
+        if not of_all.num_images:
             raise ValueError("the evaluation data has no images")
-        return self._summary(totals, time.perf_counter() - start, model_seconds)
+        seconds = max(gather(time.perf_counter() - start))
+        return self._summary(of_all, broken) | {
+            "images_per_second": of_all.num_images / seconds,
+            "model_images_per_second": speeds,
+        }
 
-    def _batch(self, model: nn.Module, images: Tensor, labels: Tensor) -> Totals:
-        size = len(images)
-        images = prepare(model, images)
+    def _batch(self, model: nn.Module, share: Share) -> Totals:
+        size, labels = len(share.images), share.labels
+        images = prepare(model, share.images)
         with autocast_context(model, self.autocast):
             out = model(images)
         predictions = out.predictions()[:size].float().cpu()
@@ -114,24 +133,21 @@ class ClassificationEvaluator:
         else:
             members = len(out.logits) // len(images)
             losses = sigmoid_losses(out.logits[: size * members].float().cpu(), labels)
-        totals = Totals.of(predictions, losses, labels)
-        totals.dropped = {k: size * v.item() for k, v in out.metrics.items() if k.endswith(".dropped")}
-        return totals
+        dropped = {name: value.item() for name, value in out.metrics.items() if name.endswith(".dropped")}
+        return Totals.of(predictions, losses, labels, share.number, dropped)
 
-    def _summary(self, totals: Totals, seconds: float, model_seconds: float) -> dict[str, Any]:
-        n, classes = totals.num_images, len(totals.per_class_images)
+    def _summary(self, totals: Totals, broken: dict[str, str]) -> dict[str, Any]:
+        n, classes, sums = totals.num_images, len(totals.per_class_images), totals.sums()
         names = self.class_names or [str(c) for c in range(classes)]
         correct, images = totals.per_class_correct.tolist(), totals.per_class_images.tolist()
         return {
             "num_images": n,
             "top1": sum(correct) / n,
             "top5": totals.top5 / n,
-            "loss": totals.loss / n,
-            "images_per_second": n / seconds,
-            "model_images_per_second": n / model_seconds,
+            "loss": sums.pop("loss") / n,
             "per_class_accuracy": {k: c / m for k, c, m in zip(names, correct, images, strict=False) if m},
-            "dropped": {name: value / n for name, value in totals.dropped.items()},
-            "broken_images": dict(getattr(self.loader, "broken", {})),
+            "dropped": {name: value / n for name, value in sums.items()},
+            "broken_images": broken,
         }
 
 
@@ -157,47 +173,6 @@ def sigmoid_losses(logits: Tensor, labels: Tensor) -> Tensor:
     targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype).repeat_interleave(members, dim=0)
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
     return losses.view(len(labels), members).mean(1)  # (B*M,) -> (B, M) -> (B,)
-
-
-def padded_batch(num_images: int, tokens_per_image: int, group_size: int) -> int:
-    """The smallest number of images >= num_images whose tokens divide into groups of `group_size` tokens."""
-    step = group_size // math.gcd(group_size, tokens_per_image)
-    return -(-num_images // step) * step
-
-
-def prepare(model: nn.Module, images: Tensor) -> Tensor:
-    """Moves images to the model's device and dtype, and fills the last routing group with black images.
-
-    Only models whose groups have a fixed number of tokens need the filling; its logits are to be cut off.
-    """
-    parameter = next(model.parameters())
-    images = images.to(parameter.device, parameter.dtype, non_blocking=True)
-    config: Any = getattr(model, "config", None)
-    if config is None or not config.moe.layers or not isinstance(config.moe.group_size, int):
-        return images
-    height, width = images.shape[-2] // config.patch_hw[0], images.shape[-1] // config.patch_hw[1]
-    tokens = (height * width + (config.pooling == "token")) * config.ensemble_size
-    missing = padded_batch(len(images), tokens, config.moe.group_size) - len(images)
-    return torch.cat([images, images.new_full((missing, *images.shape[1:]), -1.0)]) if missing else images
-
-
-def autocast_context(model: nn.Module, enabled: bool) -> torch.autocast:
-    """bfloat16 autocast on the model's device."""
-    return torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-@contextlib.contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every model is in the mode in which it was."""
-    modes = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

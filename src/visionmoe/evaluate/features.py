@@ -8,6 +8,7 @@ with its names, labels and some of its pixels, the split, the preprocessing, the
 compete for places), the precision, and the version of this package. Nothing is unpickled.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -21,14 +22,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from visionmoe import __version__
 from visionmoe.config import to_dict
 from visionmoe.data.decode import BrokenImageError
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import Source
-from visionmoe.evaluate.classify import Loader, autocast_context, evaluation_mode, prepare
+from visionmoe.distributed.world import current, from_first, tensor_of_first
+from visionmoe.evaluate.forward import Loader, autocast_context, evaluation_mode, prepare
+from visionmoe.evaluate.shared_batches import broken_of_all, rows_in_order, segments, shared_batches
 from visionmoe.files import atomic_write
 from visionmoe.model.vit import VisionTransformer
 
@@ -53,10 +56,15 @@ def features_of(model: VisionTransformer, images: Tensor, *, autocast: bool = Fa
 
     The M members of an ensemble stand side by side. A last, incomplete routing group is filled and cut off again.
     """
-    filled = prepare(model, images)
-    with autocast_context(model, autocast):
-        rows = model.forward_head(model.forward_features(filled), pre_logits=True)
-    return rows.float().reshape(len(filled), -1)[: len(images)].cpu()  # (B*M, D) -> (B, M*D)
+    filled, rows = prepare(model, images), []
+    # Taken on their way to the head: a model that is spread over processes gathers its weights when it is called.
+    handle = model.head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0]))
+    try:
+        with autocast_context(model, autocast):
+            model(filled)
+    finally:
+        handle.remove()
+    return rows[0].float().reshape(len(filled), -1)[: len(images)].cpu()  # (B*M, D) -> (B, M*D)
 
 
 def extract(
@@ -66,18 +74,22 @@ def extract(
     autocast: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Features:
-    """The features of all images of a loader, in its order. ValueError where there are none."""
-    started, rows, labels = time.perf_counter(), [], []
+    """The features of all images of a loader, in its order. ValueError where there are none.
+
+    Several processes share the batches, and all get all features. Collective.
+    """
+    started = time.perf_counter()
+    rows: dict[int, tuple[Tensor, ...]] = {}
     with evaluation_mode(model):
-        for images, batch_labels, _ in loader:
-            rows.append(features_of(model, images, autocast=autocast))
-            labels.append(batch_labels)
+        for share in shared_batches(model, loader, autocast=autocast):
+            rows[share.number] = features_of(model, share.images, autocast=autocast), share.labels
             if on_batch is not None:
-                on_batch(len(images))
-    if not rows:
+                on_batch(share.progress)
+    broken, columns = broken_of_all(loader), rows_in_order(rows)
+    if not columns:
         raise ValueError("the data has no images")
-    broken = dict(getattr(loader, "broken", {}))
-    return Features(torch.cat(rows), torch.cat(labels), broken, time.perf_counter() - started)
+    x, labels = columns
+    return Features(x, labels, broken, time.perf_counter() - started)
 
 
 class FeatureCache:
@@ -100,45 +112,61 @@ class FeatureCache:
         model_key: str | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Features:
-        """As `extract`. model_key: `model_fingerprint(model)`, where the caller has it already."""
+        """As `extract`. model_key: `model_fingerprint(model)`, where the caller has it already.
+
+        Of several processes the first one reads and writes.
+        """
         started = time.perf_counter()
         key = features_key(model_key or model_fingerprint(model), loader, autocast=autocast)
         path = self.folder / f"{key}.safetensors"
-        if self.refresh:
-            for old in (path, *_parts(self.folder, key)):
-                old.unlink(missing_ok=True)
-        found = _read(path)
-        if found is not None:
+        found, pieces = None, _Pieces(self.folder, key)
+        if current().is_first:
+            if self.refresh:
+                for old in (path, *_parts(self.folder, key)):
+                    old.unlink(missing_ok=True)
+            found = _read(path)
+            if found is None:
+                pieces.read()
+        stored = _features_of_first(None if found is None else found.features)
+        if stored is not None:
             if on_batch is not None:
-                on_batch(len(found.features.x))
-            stored = found.features
-            return Features(stored.x, stored.labels, stored.broken, time.perf_counter() - started, cached=True)
-        pieces = _Pieces(self.folder, key)
-        if on_batch is not None and pieces.next_batch:
-            on_batch(pieces.num_images)
+                on_batch(len(stored.x))
+            return dataclasses.replace(stored, seconds=time.perf_counter() - started, cached=True)
+        pieces.next_batch, before = from_first((pieces.next_batch, pieces.num_images))
+        if on_batch is not None and before:
+            on_batch(before)
         with evaluation_mode(model):
             self._fill(pieces, model, loader, autocast, on_batch)
-        made = pieces.joined()
-        _write(path, made, 0, len(loader))
-        for part in _parts(self.folder, key):
-            part.unlink(missing_ok=True)
-        return Features(made.x, made.labels, made.broken, time.perf_counter() - started)
+        made = None
+        if current().is_first:
+            made = pieces.joined()
+            _write(path, made, 0, len(loader))
+            for part in _parts(self.folder, key):
+                part.unlink(missing_ok=True)
+        made = _features_of_first(made)
+        assert made is not None
+        return dataclasses.replace(made, seconds=time.perf_counter() - started)
 
     def _fill(
         self,
         pieces: "_Pieces",
-        model: nn.Module,
+        model: VisionTransformer,
         loader: EvalLoader,
         autocast: bool,
         on_batch: Callable[[int], None] | None,
     ) -> None:
-        assert isinstance(model, VisionTransformer)
         saved = time.perf_counter()
-        for images, labels, indices in loader.batches(pieces.next_batch):
-            pieces.add(features_of(model, images, autocast=autocast), labels, loader.broken)
-            pieces.next_batch = int(indices[-1]) // loader.config.eval_batch_size + 1
-            if on_batch is not None:
-                on_batch(len(images))
+        start, seconds = pieces.next_batch, self.save_seconds
+        for segment in segments(model, loader, start=start, seconds=seconds, autocast=autocast):
+            rows: dict[int, tuple[Tensor, ...]] = {}
+            for share in segment.batches:
+                rows[share.number] = features_of(model, share.images, autocast=autocast), share.labels
+                if on_batch is not None:
+                    on_batch(share.progress)
+            broken, columns = broken_of_all(loader), rows_in_order(rows)
+            if not current().is_first:
+                continue
+            pieces.add(columns, broken, segment.stop)
             if time.perf_counter() - saved >= self.save_seconds:
                 pieces.save()
                 saved = time.perf_counter()
@@ -155,13 +183,16 @@ class _Pieces:
         self.next_batch = self._saved_batches = 0
         self.parts: list[Features] = []
         self.broken: dict[str, str] = {}
-        self._unsaved: list[tuple[Tensor, Tensor]] = []
+        self._unsaved: list[tuple[Tensor, ...]] = []
+
+    def read(self) -> None:
+        """Takes up what is on disk."""
         while (found := _read(self._path(len(self.parts)))) is not None and found.first_batch == self.next_batch:
             self.parts.append(found.features)
             self.next_batch = self._saved_batches = found.next_batch
             self.broken |= found.features.broken
         kept = [self._path(number) for number in range(len(self.parts))]
-        for path in _parts(folder, key):
+        for path in _parts(self.folder, self.key):
             if path not in kept:
                 path.unlink(missing_ok=True)
 
@@ -169,11 +200,16 @@ class _Pieces:
     def num_images(self) -> int:
         return sum(len(part.x) for part in self.parts)
 
-    def add(self, x: Tensor, labels: Tensor, broken: Mapping[str, str]) -> None:
-        self._unsaved.append((x, labels))
+    def add(self, columns: tuple[Tensor, ...], broken: Mapping[str, str], next_batch: int) -> None:
+        """columns: x and labels of the batches up to next_batch - 1, or nothing where these have no whole image."""
+        if columns:
+            self._unsaved.append(columns)
         self.broken |= broken
+        self.next_batch = next_batch
 
     def save(self) -> None:
+        if not self._unsaved:
+            return
         part = self._rest()
         _write(self._path(len(self.parts)), part, self._saved_batches, self.next_batch)
         self.parts.append(part)
@@ -193,6 +229,17 @@ class _Pieces:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.key}.part-{number:04d}.safetensors"
+
+
+def _features_of_first(features: Features | None) -> Features | None:
+    """Those of the first process, on every process. Collective."""
+    if current().size == 1:
+        return features
+    about = from_first(None if features is None else (dict(features.broken), features.seconds, features.cached))
+    if about is None:
+        return None
+    x, labels = (tensor_of_first(None if features is None else getattr(features, n)) for n in ("x", "labels"))
+    return Features(x, labels, *about)
 
 
 def features_key(model_key: str, loader: EvalLoader, *, autocast: bool = False) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from visionmoe.data.loader import EvalLoader
+from visionmoe.distributed.world import current, gather
 from visionmoe.evaluate.features import FeatureCache, Features, extract, model_fingerprint
 from visionmoe.model.vit import VisionTransformer
 
@@ -164,24 +165,17 @@ class FewShotEvaluator:
                 yield f"{result.name}/{shot}-shot", accuracy
 
     def evaluate(self, model: VisionTransformer) -> list[FewShotResult]:
-        """One result per data set, in their order; the model's mode is left as it was."""
+        """One result per data set, in their order; the model's mode is left as it was.
+
+        Several processes share the images' batches and the fits, and all get the results. Collective.
+        """
         key = None if self.cache is None else model_fingerprint(model)
         features = {one.name: [self._features(model, part, key) for part in (one.train, one.test)] for one in self.data}
-        tables: dict[str, NDArray[np.float64]] = {}  # "NAME seed" -> (shots, l2_regs)
-        seconds: dict[str, float] = {}
         for one in self.data:
-            started = time.perf_counter()
-            train, test = features[one.name]
             if one.name not in self._noted:
                 self._noted.add(one.name)
-                _note_small_classes(one.name, train.labels, self.shots, one.train.class_names)
-            for seed in self.seeds:
-                tables[f"{one.name} {seed}"] = fewshot_accuracy(
-                    train.x, train.labels, test.x, test.labels, self.shots, self.l2_regs, one.train.num_classes, seed
-                )
-                if self.on_fit is not None:
-                    self.on_fit()
-            seconds[one.name] = time.perf_counter() - started
+                _note_small_classes(one.name, features[one.name][0].labels, self.shots, one.train.class_names)
+        tables, seconds = self._fits(features)
         chosen = best_l2(tables, self.l2_regs)
         columns = [self.l2_regs.index(strength) for strength in chosen]
         return [
@@ -200,6 +194,30 @@ class FewShotEvaluator:
             )
             for one in self.data
         ]
+
+    def _fits(
+        self, features: Mapping[str, Sequence[Features]]
+    ) -> tuple[dict[str, NDArray[np.float64]], dict[str, float]]:
+        """Accuracies (shots, l2_regs) by "NAME seed", and the seconds of each data set's fits."""
+        world = current()
+        tasks = [(one, seed) for one in self.data for seed in self.seeds]
+        own: dict[int, tuple[NDArray[np.float64], float]] = {}
+        for number in range(world.rank, len(tasks), world.size):
+            one, seed = tasks[number]
+            started = time.perf_counter()
+            train, test = features[one.name]
+            table = fewshot_accuracy(
+                train.x, train.labels, test.x, test.labels, self.shots, self.l2_regs, one.train.num_classes, seed
+            )
+            own[number] = table, time.perf_counter() - started
+            if self.on_fit is not None:
+                for _ in tasks[number - world.rank :][: world.size]:  # those of the other processes, too
+                    self.on_fit()
+        found = {number: fit for part in gather(own) for number, fit in part.items()}
+        seconds = dict.fromkeys(features, 0.0)
+        for number, (one, _) in enumerate(tasks):
+            seconds[one.name] += found[number][1]
+        return {f"{one.name} {seed}": found[number][0] for number, (one, seed) in enumerate(tasks)}, seconds
 
     def _features(self, model: VisionTransformer, loader: EvalLoader, key: str | None) -> Features:
         if self.cache is None:

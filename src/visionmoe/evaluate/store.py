@@ -21,6 +21,7 @@ from torch import Tensor
 from visionmoe import __version__
 from visionmoe.config import to_dict
 from visionmoe.data.loader import EvalLoader
+from visionmoe.distributed.world import current, from_first, gather
 from visionmoe.evaluate.adaptive import Evaluate, LayerSettings, layer_settings
 from visionmoe.evaluate.fingerprint import data_fingerprint, model_fingerprint
 from visionmoe.evaluate.timing import affordable_batch, device_name, how_measured, time_settings
@@ -33,13 +34,16 @@ _log = logging.getLogger(__name__)
 
 
 class ResultStore:
-    """Values by key in FOLDER/points.jsonl. Lines that were cut or damaged are left out, with a warning."""
+    """Values by key in FOLDER/points.jsonl. Lines that were cut or damaged are left out, with a warning.
+
+    Of several processes the first one reads and writes the file, and all get what it holds.
+    """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.path = Path(folder) / NAME
         self._values: dict[str, Any] = {}
         self._ends_whole = True
-        if self.path.exists():
+        if current().is_first and self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
             self._ends_whole = text.endswith("\n") or not text
             damaged = 0
@@ -62,11 +66,13 @@ class ResultStore:
         return len(self._values)
 
     def get(self, key: Mapping[str, Any]) -> Any:
-        """The value, or None."""
-        return self._values.get(_text(key))
+        """The value, or None. Collective."""
+        return from_first(self._values.get(_text(key)))
 
     def put(self, key: Mapping[str, Any], value: Any) -> None:
         """Appends; on the disk when this returns. Numbers that are not finite become null."""
+        if not current().is_first:
+            return
         value = finite(value)
         line = json.dumps({"key": key, "value": value, "check": _check(key, value)}, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as stream:
@@ -134,8 +140,10 @@ def stored_timing(
 
     Times are only comparable when they were measured in turns, so they are stored and taken together or not at all.
     """
+    processes = current().size
     key = {
         **context,
+        **({"processes": processes} if processes > 1 else {}),
         "timed": [plain(setting) for setting in settings],
         "others": [[model_fingerprint(other), list(own.shape)] for other, own in others],
         "device_name": device_name(next(model.parameters()).device),
@@ -162,11 +170,14 @@ def timing_of(
     """Seconds per call of every setting, then of the other models (see `time_settings`), and how they were measured.
 
     The calls are of how["batch_size"] images: of all those given, or as many as the time allows.
+    Several processes measure at the same time, each calls of so many images, and their speeds are added: the seconds
+    are those in which all together do so many. Collective.
     """
-    size = affordable_batch(model, images, len(settings) + len(others), autocast=autocast)
+    size = min(gather(affordable_batch(model, images, len(settings) + len(others), autocast=autocast)))
     others = [(other, own[:size]) for other, own in others]
     timing = time_settings(model, images[:size], settings, others=others, autocast=autocast, on_run=on_run)
-    return list(timing.seconds), how_measured(timing, size, next(model.parameters()).device)
+    seconds = [1 / sum(1 / own for own in of_all) for of_all in zip(*gather(timing.seconds), strict=True)]
+    return seconds, how_measured(timing, size, next(model.parameters()).device)
 
 
 def context_of(model: VisionTransformer, loader: EvalLoader, *, autocast: bool) -> dict[str, Any]:

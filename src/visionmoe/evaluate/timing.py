@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionmoe.distributed.world import current
 from visionmoe.evaluate.adaptive import LayerSettings, apply_routing, restored_routing
-from visionmoe.evaluate.classify import autocast_context, evaluation_mode, prepare
+from visionmoe.evaluate.forward import autocast_context, evaluation_mode, prepare
 from visionmoe.model.routing import logger
 from visionmoe.model.vit import VisionTransformer
 
@@ -161,9 +162,12 @@ def device_name(device: torch.device) -> str:
 
 def how_measured(timing: Timing, batch_size: int, device: torch.device) -> dict[str, Any]:
     """What a reader of the results needs to know about the times."""
+    processes = current().size
+    together = "; all processes at the same time, their speeds added up" if processes > 1 else ""
     return {
         "method": "forward passes of one batch held in memory (no decoding); all settings and models in turns, "
-        "one uncounted round before; median of the rounds",
+        f"one uncounted round before; median of the rounds{together}",
+        "processes": processes,
         **{name: value for name, value in asdict(timing).items() if name == "rounds"},
         "batch_size": batch_size,
         "device": device.type,
