@@ -209,6 +209,25 @@ def test_evaluation_slices_are_disjoint() -> None:
     assert sorted(seen) == list(range(20))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_whole_batches_of_an_evaluation(workers: int) -> None:
+    config = dataclasses.replace(SMALL, eval_batch_size=4, workers=workers, max_broken=0.5)
+    loader = EvalLoader(config, source=NumberedImages(22, broken=(8, 9, 10, 11)))
+    # batches 0: 0-3, 1: 4-7, 2: 8-11 (broken), 3: 12-15, 4: 16-19, 5: 20-21
+    whole = [indices.tolist() for _, _, indices in loader]
+    assert whole == [[0, 1, 2, 3], [4, 5, 6, 7], [12, 13, 14, 15], [16, 17, 18, 19], [20, 21]]
+    parts = [[indices.tolist() for _, _, indices in loader.batches(rank, 3)] for rank in range(3)]
+    assert parts == [[whole[0], whole[2]], [whole[1], whole[3]], [whole[4]]]
+    assert [labels.tolist() for _, labels, _ in loader.batches(4, 2)] == [[16, 17, 18, 19]]
+    assert [labels.tolist() for _, labels, _ in loader.batches(9, 2)] == []
+
+
+@pytest.mark.parametrize(("start", "step"), [(-1, 1), (0, 0), (0, -1)])
+def test_batches_that_cannot_be(start: int, step: int) -> None:
+    with pytest.raises(ValueError, match=f"start must be >= 0 and step >= 1, got {start} and {step}"):
+        next(EvalLoader(SMALL, source=NumberedImages(4)).batches(start, step))
+
+
 def test_evaluation_ignores_the_training_augmentation() -> None:
     source = noise(5)
     config = dataclasses.replace(AUGMENTATIONS["inception-randaugment"], image_size=12, in_channels=3)

@@ -139,9 +139,14 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return self.batches()
 
-    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """As iterating, but from batch number `start` on."""
-        for batch in self._run(range(start, self._count)):
+    def batches(self, start: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As iterating, but only batches number start, start + step, ...: so processes can share whole batches.
+
+        Every process notes the broken images of its own batches alone. Raises ValueError for start < 0 or step < 1.
+        """
+        if start < 0 or step < 1:
+            raise ValueError(f"start must be >= 0 and step >= 1, got {start} and {step}")
+        for batch in self._run(range(start, self._count, step)):
             if len(batch.images):
                 yield batch.images, batch.labels, batch.indices
 
