@@ -69,9 +69,7 @@ def open_hub(
     where = f"hf-stream:{name}"
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
-    except (ValueError, OSError):
-        raise
-    except Exception as error:  # datasets and huggingface_hub have many errors of their own
+    except Exception as error:  # of datasets, huggingface_hub and the network, some of several lines
         raise ValueError(f"{where}: {one_line(error)}") from None
     splits = _parquet_files(where, builder.config.data_files)
     which, start, stop = parse_split(split, splits)

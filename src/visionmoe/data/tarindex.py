@@ -176,7 +176,7 @@ def _kept(folder: Path) -> dict[str, tuple[Stamp, ShardIndex]]:
 
 
 def _read_index(file: Path) -> dict[str, tuple[Stamp, ShardIndex]]:
-    with np.load(file, allow_pickle=False) as data:
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
         names, stamps, pickles, counts, images = (
             data[key] for key in ("names", "stamps", "pickles", "counts", "images")
         )
