@@ -1,17 +1,19 @@
-"""The few answers of the Hugging Face hub that reading a data set takes, from files of a local folder."""
+"""A small Hugging Face hub: the few answers that reading a data set takes, from files of a local folder."""
 
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+import pytest
+
+COMMIT = "0123456789" * 4
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -50,7 +52,7 @@ class Hub(BaseHTTPRequestHandler):
         elif re.fullmatch(r"/api/datasets/user/photos/paths-info/[^/]+", path):
             self.send([self.entry(name) for name in self.files() if name in paths])
         else:
-            self.send({"error": "not found"}, 404)
+            self.send({"error": "not found"}, 404, {"X-Error-Code": "RepoNotFound"})
 
     def answer_file(self, name: str) -> None:
         file = self.root / name
@@ -90,10 +92,18 @@ class Hub(BaseHTTPRequestHandler):
         return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
 
+Log = list[tuple[str, str, str]]
+
+
+@pytest.fixture
+def hub() -> Callable[[Path], AbstractContextManager[tuple[str, Log]]]:
+    """Folder -> (endpoint, log) of a hub that serves it as user/photos at commit COMMIT."""
+    return serve
+
+
 @contextmanager
-def serve(root: Path) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """(endpoint, log) of a hub that serves `root`."""
-    log: list[tuple[str, str, str]] = []
+def serve(root: Path) -> Iterator[tuple[str, Log]]:
+    log: Log = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, root, log))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
