@@ -4,8 +4,8 @@
 
 The same photographs of 500 x 375 (enlarged CIFAR-10 photographs with fine detail added, JPEG, quality 90) lie in a
 temporary folder as files, as tar shards and in parquet files; all are in the page cache, so this is what the processor
-does, no disk and no network. Batches are random crops at 224 px with flips. Ways take turns; medians over rounds. Worker
-processes share the cores that this process may use. The rule for small parquet data (keep all row groups) is off.
+does, no disk and no network. Batches are random crops at 224 px with flips. Ways take turns; medians over rounds.
+Worker processes share the cores that this process may use. The rule for small parquet data (keep all) is off.
 `read_us`: reading an image without decoding it, in training order. `index_us_per_image`: finding the images of shards,
 once. `order_seconds`: shuffling an epoch.
 """

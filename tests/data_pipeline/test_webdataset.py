@@ -7,6 +7,7 @@ import itertools
 import os
 import pickle
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,7 +254,7 @@ def test_an_index_beside_shards_that_cannot_be_written(tmp_path: Path, cache: Pa
     (tmp_path / "s" / INDEX_NAME).mkdir()  # so that no file can take its place, whoever the user is
     shards = sorted((tmp_path / "s").glob("*.tar"))
     read_indices(shards)
-    (kept,) = (cache / "index").iterdir()
+    (kept,) = (cache / "index").glob("*.npz")
     before = kept.stat().st_mtime_ns
     assert [len(index.labels) for index in read_indices(shards)] == [3, 2]
     assert kept.stat().st_mtime_ns == before
@@ -271,6 +272,27 @@ def test_what_was_indexed_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tarindex_module, "index_shard", lambda path: (seen.append(path.name), index_shard(path))[1])
     assert sum(len(index.labels) for index in read_indices(shards)) == 12
     assert sorted(seen) == ["train-0004.tar", "train-0005.tar"]
+
+
+def test_of_the_processes_of_a_job_one_finds_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "s", [2] * 8)
+    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def index(path: Path) -> tarindex_module.ShardIndex:
+        time.sleep(0.02)
+        os.write(log, f"{path.name}\n".encode())
+        return index_shard(path)
+
+    monkeypatch.setattr(tarindex_module, "index_shard", index)
+    children = []
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            whole = sum(len(index.labels) for index in read_indices(sorted((tmp_path / "s").glob("*.tar")))) == 16
+            os._exit(0 if whole else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    os.close(log)
+    assert len((tmp_path / "log").read_text().splitlines()) == 8
 
 
 # Order, processes, workers, resuming

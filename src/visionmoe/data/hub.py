@@ -20,7 +20,7 @@ from huggingface_hub import HfFileSystem
 
 from visionmoe.data.columns import class_labels, metadata_class_names, needs_all_splits, pick_columns
 from visionmoe.data.decode import one_line
-from visionmoe.data.indexing import each, kept_below
+from visionmoe.data.indexing import alone, each, kept_below
 from visionmoe.data.parquet import FileIndex, ParquetSource, index_file, label_column, open_file
 from visionmoe.data.sources import DEFAULT_CACHE
 from visionmoe.data.splits import canonical_name, parse_split
@@ -104,16 +104,19 @@ def _indices(
     where: str, files: list[str], label: str, opened: Callable[[str], pq.ParquetFile], *, keep: bool
 ) -> list[FileIndex]:
     """The index of every file: as kept, else found, and kept where asked. Files of the hub are named with a commit."""
-    path = kept_below(DEFAULT_CACHE, json.dumps([label, files]), ".parquet")
-    if keep and (kept := _kept_indices(path)) and len(kept) == len(files):
-        return kept
     work = functools.partial(_index, opened, label)
-    found = [index for _, index in each(f"reading the labels of {where}", files, work)]
-    if keep:
-        groups = json.dumps([[index.rows, index.sizes] for index in found]).encode()
-        table = pa.table({label: label_column(found)}).replace_schema_metadata({_KEY: groups})
-        with atomic_write(path) as temporary:
-            pq.write_table(table, temporary)
+    title = f"reading the labels of {where}"
+    if not keep:
+        return [index for _, index in each(title, files, work)]
+    path = kept_below(DEFAULT_CACHE, json.dumps([label, files]), ".parquet")
+    if not (found := _kept_indices(path)):
+        with alone([path.with_suffix(".lock")]):
+            if not (found := _kept_indices(path)):
+                found = [index for _, index in each(title, files, work)]
+                groups = json.dumps([[index.rows, index.sizes] for index in found]).encode()
+                table = pa.table({label: label_column(found)}).replace_schema_metadata({_KEY: groups})
+                with atomic_write(path) as temporary:
+                    pq.write_table(table, temporary)
     return found
 
 

@@ -1,7 +1,10 @@
-"""Indexing many files once: several at a time, with a progress line, and where what was found is kept."""
+"""Indexing many files once: several at a time, by one process, with a progress line; and where the index is kept."""
 
+import contextlib
+import fcntl
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +32,23 @@ def each(title: str, items: Sequence[Item], work: Callable[[Item], Found]) -> It
             yield from zip(items, bar.track(pool.map(work, items), total=len(items)), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def alone(places: Sequence[Path]) -> Iterator[None]:
+    """Waits until no other process is here. places: files to lock, the first that can be.
+
+    A lock ends with its process. Where a file system has no locks nobody waits: then work may be done twice.
+    """
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            with contextlib.suppress(OSError):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                break
+        yield
 
 
 def kept_below(cache: Path, what: str, suffix: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from visionmoe.data.decode import SUFFIXES, one_line
-from visionmoe.data.indexing import each, kept_below
+from visionmoe.data.indexing import alone, each, kept_below
 from visionmoe.data.sources import DEFAULT_CACHE
 from visionmoe.files import atomic_write
 
@@ -57,22 +57,34 @@ def read_indices(shards: list[Path]) -> list[ShardIndex]:
     stamps = {shard: _stamp(shard) for shard in shards}
     found: dict[Path, ShardIndex] = {}
     for folder in sorted({shard.parent for shard in shards}):
-        kept = _kept(folder)
-        here = [shard for shard in shards if shard.parent == folder]
-        found |= {s: kept[s.name][1] for s in here if s.name in kept and kept[s.name][0] == stamps[s]}
-        new: dict[str, tuple[Stamp, ShardIndex]] = {}
-        missing = [shard for shard in here if shard not in found]
-        try:
-            for shard, index in each(f"indexing shards in {folder}", missing, index_shard) if missing else ():
-                found[shard] = index
-                new[shard.name] = stamps[shard], index
-        finally:  # what is found stays found when the rest is interrupted
-            if new:
-                _keep(folder, new)
+        here = {shard: stamps[shard] for shard in shards if shard.parent == folder}
+        known = _current(here)
+        if len(known) < len(here):
+            with alone([file.with_suffix(".lock") for file in _files(folder)]):
+                known = _current(here)  # another process of the job may have found it meanwhile
+                known |= _found(folder, [shard for shard in here if shard not in known], stamps)
+        found |= known
     pickles = sum(found[shard].pickles for shard in shards)
     if pickles:
         _log.warning("%s: %d members are pickles (.%s), which are never read", shards[0].parent, pickles, _PICKLES[0])
     return [found[shard] for shard in shards]
+
+
+def _current(stamps: dict[Path, Stamp]) -> dict[Path, ShardIndex]:
+    """Those of a folder's shards whose index is kept and still holds."""
+    kept = _kept(next(iter(stamps)).parent)
+    return {s: kept[s.name][1] for s, stamp in stamps.items() if s.name in kept and kept[s.name][0] == stamp}
+
+
+def _found(folder: Path, shards: list[Path], stamps: dict[Path, Stamp]) -> dict[Path, ShardIndex]:
+    found: dict[Path, ShardIndex] = {}
+    try:
+        for shard, index in each(f"indexing shards in {folder}", shards, index_shard) if shards else ():
+            found[shard] = index
+    finally:  # what is found stays found when the rest is interrupted
+        if found:
+            _keep(folder, {shard.name: (stamps[shard], index) for shard, index in found.items()})
+    return found
 
 
 def index_shard(path: Path) -> ShardIndex:
