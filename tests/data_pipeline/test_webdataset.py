@@ -130,6 +130,8 @@ def test_patterns(tmp_path: Path) -> None:
     assert find_shards(f"{tmp_path}/{{0..1}}.tar::{tmp_path}/*.tar") == [tmp_path / f"{n}.tar" for n in (0, 1, 4)]
     with pytest.raises(FileNotFoundError, match=r"there is no shard \(tar file\) .*/2\.tar \(2 are missing\)"):
         open_source(f"wds:{tmp_path}/{{0..4}}.tar")
+    with pytest.raises(ValueError, match=r"must be files of a local or shared disk, got https://a/0\.tar"):
+        open_source("wds:https://a/{0..1}.tar")
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*/x\*\.tar$"):
         open_source(f"wds:{tmp_path}/x*.tar")
 
@@ -187,6 +189,14 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     damaged[places[4] : places[4] + 512] = b"\x07" * 512
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=rf"{path} is cut off or damaged at byte {places[4]}"):
+        open_source(f"wds:{path}")
+    damaged = bytearray(whole)
+    header = tarfile.TarInfo("back.txt").tobuf(tarfile.USTAR_FORMAT)
+    size = b"\xff" * 10 + b"\xf8\x00"  # -2048: the next header would be one that was read already
+    negative = header[:124] + size + header[136:148] + b" " * 8 + header[156:]
+    damaged[places[4] : places[4] + 512] = negative[:148] + b"%06o\0 " % sum(negative) + negative[156:]
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"cut off or no tar file: back\.txt has a size below zero"):
         open_source(f"wds:{path}")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{path} is cut off or no tar file"):

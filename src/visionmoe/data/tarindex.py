@@ -137,6 +137,8 @@ def _members(path: Path, stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
+                if member.size < 0:  # it would lead back, and round and round
+                    raise tarfile.ReadError(f"{member.name} has a size below zero")
                 yield member
             stream.seek(tar.offset)
     except (tarfile.TarError, EOFError) as error:

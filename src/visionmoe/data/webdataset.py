@@ -95,10 +95,12 @@ def open_wds(pattern: str, split: str) -> tuple[WebDatasetSource, str | None, st
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The tar files that a pattern names, each once, in order. FileNotFoundError names what is missing."""
+    """The tar files that a pattern names, each once, in order. FileNotFoundError names what is missing, ValueError what cannot be."""
     shards: dict[Path, None] = {}
     missing = []
     for path in (path for part in pattern.split("::") for path in expand_braces(part)):
+        if "://" in path or path.startswith("pipe:"):
+            raise ValueError(f"wds: shards must be files of a local or shared disk, got {path}")
         if os.path.isdir(path):
             found = sorted(os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
             found = [file for file in found if file.endswith(".tar") and not os.path.basename(file).startswith(".")]
