@@ -30,8 +30,8 @@ class Train:
     out: Folder = None
     """Folder of the run. Default: runs/RECIPE."""
     data: Text = None
-    """Training and test images: fashion-mnist, folder:PATH, parquet:PATH, wds:PATH/{000..127}.tar (WebDataset shards),
-    torchvision:CIFAR10, hf:NAME, hf-stream:NAME (not downloaded first)."""
+    """Training and test images: fashion-mnist, folder:PATH, parquet:PATH, wds:SHARDS (WebDataset, as
+    wds:PATH/{000..127}.tar), torchvision:CIFAR10, hf:NAME, hf-stream:NAME (not downloaded first)."""
     model: Text = None
     """Model name, such as vmoe_b16_e8_every2, in the place of the recipe's."""
     steps: Integer = None

@@ -95,7 +95,7 @@ def open_wds(pattern: str, split: str) -> tuple[WebDatasetSource, str | None, st
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The tar files that a pattern names, each once, in order. FileNotFoundError names what is missing, ValueError what cannot be."""
+    """The tar files that a pattern names, each once, in order. Raises ValueError or FileNotFoundError."""
     shards: dict[Path, None] = {}
     missing = []
     for path in (path for part in pattern.split("::") for path in expand_braces(part)):
