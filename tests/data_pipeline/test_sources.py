@@ -206,6 +206,7 @@ def test_parquet_dictionary_labels_and_paths(tmp_path: Path) -> None:
 def test_large_parquet_keeps_few_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "train.parquet", list(range(60)), [0, 1] * 30)
     monkeypatch.setattr("visionmoe.data.parquet.WHOLE_BYTES", 0)
+    monkeypatch.setattr("visionmoe.data.parquet.AT_ONCE_BYTES", 0)
     source = open_source(f"parquet:{tmp_path}")
     assert isinstance(source, ParquetSource)
     order = np.random.default_rng(0).permutation(60)

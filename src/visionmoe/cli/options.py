@@ -30,7 +30,8 @@ class Train:
     out: Folder = None
     """Folder of the run. Default: runs/RECIPE."""
     data: Text = None
-    """Training and test images: fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME."""
+    """Training and test images: fashion-mnist, folder:PATH, parquet:PATH, wds:SHARDS (WebDataset, as
+    wds:PATH/{000..127}.tar), torchvision:CIFAR10, hf:NAME, hf-stream:NAME (not downloaded first)."""
     model: Text = None
     """Model name, such as vmoe_b16_e8_every2, in the place of the recipe's."""
     steps: Integer = None
@@ -94,7 +95,8 @@ class ModelOnImages:
     path: ModelPath
     """A run, a folder that save_pretrained wrote, a released checkpoint's name, or its PREFIX with --config."""
     data: Text = None
-    """fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME. Default: those of the run."""
+    """fashion-mnist, folder:PATH, parquet:PATH, wds:SHARDS, torchvision:CIFAR10, hf:NAME, hf-stream:NAME.
+    Default: those of the run."""
     split: Text = None
     """Part of the data that results are for, e.g. test or train[99%:]. Default: test, or that of the run."""
     config: File = None
@@ -182,7 +184,8 @@ class Fewshot:
     path: ModelPath
     """A trained model, as for evaluate; it needs no head."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA [DATA ...]")]
-    """One or more data sets: fashion-mnist, folder:PATH, parquet:PATH, torchvision:CIFAR10, hf:NAME."""
+    """One or more data sets: fashion-mnist, folder:PATH, parquet:PATH, wds:SHARDS, torchvision:CIFAR10, hf:NAME,
+    hf-stream:NAME."""
     shots: tuple[int, ...] = (1, 5, 10, 25)
     """Training images per class."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 from visionmoe.data.config import DataConfig
 from visionmoe.data.decode import BrokenImageError
+from visionmoe.data.order import epoch_order
 from visionmoe.data.randaugment import randaugment
-from visionmoe.data.randomness import permutation, sample_keys, uniform
+from visionmoe.data.randomness import sample_keys, uniform
 from visionmoe.data.sources import Source
 from visionmoe.data.transforms import evaluation_pixels, inception_crop, pad_crop_flip, resize_bilinear, to_model
 
@@ -66,6 +67,8 @@ class Batches(Dataset[Batch | ValueError]):
             return self.make(number)
         except ValueError as error:
             return error
+        finally:
+            self.source.batch_done()
 
     @abstractmethod
     def make(self, number: int) -> Batch:
@@ -133,15 +136,15 @@ class TrainBatches(Batches):
         places = np.arange(start, start + self.size)
         epochs, places = places // len(self.source), places % len(self.source)
         needed = np.unique(epochs)
-        self._orders = {
-            int(e): self._orders[e] if e in self._orders else permutation(self.seed, int(e), len(self.source))
-            for e in needed
-        }
+        self._orders = {int(e): self._orders[e] if e in self._orders else self._order(int(e)) for e in needed}
         indices = np.empty_like(places)
         for epoch in needed:
             here = epochs == epoch
             indices[here] = self._orders[int(epoch)][places[here]]
         return epochs, indices
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.seed, epoch, len(self.source), self.config.batch_size, self.source.pieces)
 
     def _resized(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images of the cache. A broken one gives way to its next neighbour in the source that is not."""

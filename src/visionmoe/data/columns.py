@@ -21,6 +21,14 @@ def pick_columns(where: str, schema: pa.Schema, image: str | None, label: str | 
     )
 
 
+def needs_all_splits(schema: pa.Schema, label: str, names: list[str] | None) -> bool:
+    """Whether the classes must be found in the labels of all splits: they are texts, or numbers without names.
+
+    Where not, a split without labels (-1, as of some test images) does not keep others from being read.
+    """
+    return names is None or not pa.types.is_integer(schema.field(label).type)
+
+
 def class_labels(
     where: str, columns: Mapping[str, pa.ChunkedArray], names: list[str] | None
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

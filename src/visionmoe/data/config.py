@@ -11,7 +11,9 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit: what decodes to 512 MiB of RGB
 class DataConfig:
     """Which images a run reads, and how they become batches. Sizes are in pixels.
 
-    source: "fashion-mnist", "folder:PATH", "parquet:PATH", "torchvision:NAME" or "hf:NAME"; see `sources.open_source`.
+    source: "fashion-mnist", "folder:PATH", "parquet:PATH", "wds:SHARDS", "torchvision:NAME", "hf:NAME" or
+    "hf-stream:NAME"; see `sources.open_source`. Images of shards and of large parquet files are shuffled so that few
+    pieces are read at a time; see `order`.
     train_split, eval_split: names with an optional slice, as "train[:99%]"; see `splits`.
     image_size: one number or (height, width). in_channels: 1 (grey) or 3 (RGB).
     batch_size: images per step of all processes together. workers: processes that prepare images, 0: none.

@@ -82,7 +82,11 @@ def open_huggingface(
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise ValueError("hf: data needs the package datasets (pip install datasets)") from None
-    from visionmoe.data.columns import class_labels, pick_columns  # needs pyarrow, which datasets brings
+    from visionmoe.data.columns import (
+        class_labels,
+        needs_all_splits,
+        pick_columns,
+    )  # needs pyarrow, which datasets brings
 
     try:
         splits = datasets.load_dataset(name, config)
@@ -96,8 +100,10 @@ def open_huggingface(
     image, label = pick_columns(f"hf:{name}", table.features.arrow_schema, image, label)
     table = table.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
     feature = table.features[label]
-    columns = {key: part.data.column(label) for key, part in splits.items()}
-    labels, names = class_labels(f"hf:{name}", columns, getattr(feature, "names", None))
+    given = getattr(feature, "names", None)
+    keys = splits if needs_all_splits(table.features.arrow_schema, label, given) else [by_name[which]]
+    columns = {key: splits[key].data.column(label) for key in keys}
+    labels, names = class_labels(f"hf:{name}", columns, given)
     return HuggingFaceSource(table, image, labels[by_name[which]], names, f"hf:{name} {which}"), start, stop
 
 

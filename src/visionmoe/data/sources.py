@@ -11,18 +11,23 @@ from PIL import Image
 from visionmoe.config import check_names
 from visionmoe.data.config import MAX_PIXELS
 from visionmoe.data.decode import SUFFIXES, BrokenImageError, decode_image, one_line
+from visionmoe.data.order import Pieces
 from visionmoe.data.splits import canonical_name, parse_split, slice_indices
 
-KINDS = "fashion-mnist, folder:PATH, parquet:PATH, torchvision:NAME, hf:NAME"
+KINDS = "fashion-mnist, folder:PATH, parquet:PATH, wds:SHARDS, torchvision:NAME, hf:NAME, hf-stream:NAME"
 DEFAULT_CACHE = Path("~/.cache/visionmoe")
 
 
 class Source(ABC):
-    """Labelled images. labels: int64 (N,). class_names: one name per label."""
+    """Labelled images. labels: int64 (N,). class_names: one name per label.
 
-    def __init__(self, labels: np.ndarray, class_names: tuple[str, ...]):
+    pieces: which images are cheap to read together; None: each costs the same in any order.
+    """
+
+    def __init__(self, labels: np.ndarray, class_names: tuple[str, ...], pieces: Pieces | None = None):
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = class_names
+        self.pieces = pieces
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,6 +43,9 @@ class Source(ABC):
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
+    def batch_done(self) -> None:  # noqa: B027
+        """Says that a batch has been read: what the last batches did not need may be forgotten."""
+
     def decode(self, index: int, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """The image as uint8 (H, W, channels). Raises BrokenImageError, also when its file cannot be read."""
         try:
@@ -50,7 +58,8 @@ class Slice(Source):
     """Some images of another source, which keep their names and classes."""
 
     def __init__(self, source: Source, indices: np.ndarray):
-        super().__init__(source.labels[indices], source.class_names)
+        pieces = source.pieces and source.pieces.taking(indices)
+        super().__init__(source.labels[indices], source.class_names, pieces)
         self.source, self.indices = source, indices
 
     def read(self, index: int) -> bytes | np.ndarray | Image.Image:
@@ -58,6 +67,9 @@ class Slice(Source):
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def batch_done(self) -> None:
+        self.source.batch_done()
 
 
 class ArraySource(Source):
@@ -97,8 +109,10 @@ def open_source(spec: str, split: str = "train") -> Source:
       fashion-mnist                        embedded: 12,000 training and 2,000 test images, 28 x 28, grey
       folder:PATH                          PATH/CLASS/**/*.png, or PATH/{train,val,test}/CLASS/**/*.png
       parquet:PATH?image=COLUMN&label=COLUMN      a file, or a folder with train*.parquet, test*.parquet, ...
+      wds:PATH/train-{0000..0127}.tar      WebDataset shards: braces, wildcards, folders, several joined by "::"
       torchvision:CIFAR10?root=DIR&download=1     a data set class of torchvision
       hf:NAME?config=CONFIG&image=COLUMN&label=COLUMN   a data set of the Hugging Face hub, or a folder of one
+      hf-stream:NAME?revision=COMMIT&...   the same, read from the hub as needed: nothing is downloaded beforehand
     split is as in tfds: "train", "test", "train[:99%]", "train[100:200]", "train[-10%:]".
     Raises ValueError or FileNotFoundError with one line that says what is allowed.
     """
@@ -118,6 +132,11 @@ def open_source(spec: str, split: str = "train") -> Source:
 
         check_names(f"data {spec!r}", options, ("image", "label"))
         source, start, stop = open_parquet(Path(place), split, **options)
+    elif kind == "wds":
+        from visionmoe.data.webdataset import open_wds
+
+        check_names(f"data {spec!r}", options, ())
+        source, start, stop = open_wds(place, split)
     elif kind == "torchvision":
         from visionmoe.data.libraries import open_torchvision
 
@@ -128,6 +147,13 @@ def open_source(spec: str, split: str = "train") -> Source:
 
         check_names(f"data {spec!r}", options, ("config", "image", "label"))
         source, start, stop = open_huggingface(place, split, **options)
+    elif kind == "hf-stream":
+        try:
+            from visionmoe.data.hub import open_hub
+        except ImportError:
+            raise ValueError("hf-stream: data needs the packages pyarrow and datasets (pip install datasets)") from None
+        check_names(f"data {spec!r}", options, ("config", "image", "label", "revision"))
+        source, start, stop = open_hub(place, split, **options)
     else:
         raise ValueError(f"data must be one of {KINDS}, got {spec!r}")
     if not len(source):

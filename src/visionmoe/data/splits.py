@@ -2,16 +2,39 @@
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+_NAME = re.compile(r"(?<![a-z])(train|training|test|testing|val|valid|validation|dev)(?![a-z])")
 _OTHER_NAMES = {"validation": "val", "valid": "val", "dev": "val", "training": "train", "testing": "test"}
 
 
 def canonical_name(name: str) -> str:
     """One name for what people call the same split: validation, valid and dev are "val"."""
     return _OTHER_NAMES.get(name.lower(), name)
+
+
+def name_in(file: Path, root: Path, *, anywhere: bool = False) -> str | None:
+    """The split that a file's name, or that of a folder between it and `root`, begins with (or has as a word)."""
+    find = _NAME.search if anywhere else _NAME.match
+    for part in (file.stem, *reversed(file.relative_to(root).parts[:-1])):
+        if match := find(part.lower()):
+            return canonical_name(match[1])
+    return None
+
+
+def files_by_split(files: list[Path], root: Path, *, anywhere: bool = False) -> dict[str, list[Path]]:
+    """Files by the split that their names say; all are "train" where none says one. ValueError for a mixture."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(name_in(file, root, anywhere=anywhere) or "", []).append(file)
+    unnamed = splits.pop("", [])
+    if unnamed and splits:
+        where = "has one of the words" if anywhere else "begins with"
+        raise ValueError(f"{unnamed[0]} must say its split: a name that {where} train, test or val")
+    return splits or {"train": unnamed}
 
 
 def parse_split(split: str, allowed: Collection[str]) -> tuple[str, str | None, str | None]:
