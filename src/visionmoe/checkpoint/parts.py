@@ -37,7 +37,7 @@ def part_of(name: str, tensor: Tensor) -> Part:
     assert isinstance(tensor, DTensor)
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
-    local = tensor.detach().to_local()
+    local = tensor.to_local().detach()
     if coordinate is None:  # of a mesh without this process
         return Part(local, shape, tuple((0, 0) for _ in shape) or ((0, 0),))
     for placement, number, count in zip(tensor.placements, coordinate, mesh.shape, strict=True):
