@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from visionmoe.checkpoint.mapping import our_shapes, tensors_to_vmoe
-from visionmoe.checkpoint.sources import open_source
+from visionmoe.checkpoint.sources import DirectorySource, Source, open_source
 from visionmoe.checkpoint.vmoe_write import write_vmoe
 from visionmoe.config import to_dict
 from visionmoe.files import write_json
@@ -44,8 +45,7 @@ def run_convert(config: ConvertConfig) -> dict[str, Any]:
     started = time.perf_counter()
     source = open_source(config.source, config.config)
     source.check(())
-    state = {name: torch.empty(shape, dtype=source.dtype(name)) for name, shape in our_shapes(source.config).items()}
-    source.fill(state)
+    state = _stored(source)
     out = Path(config.out)
     results: dict[str, Any] = {"source": config.source, "to": config.to}
     if config.to == "safetensors":
@@ -66,3 +66,12 @@ def run_convert(config: ConvertConfig) -> dict[str, Any]:
     }
     write_json(out / "results.json", results)
     return results
+
+
+def _stored(source: Source) -> dict[str, Tensor]:
+    """The parameters in the dtypes that they are stored in: read, or, those of a directory, only mapped."""
+    if isinstance(source, DirectorySource):
+        return source.mapped()
+    state = {name: torch.empty(shape, dtype=source.dtype(name)) for name, shape in our_shapes(source.config).items()}
+    source.fill(state)
+    return state

@@ -24,6 +24,7 @@ from visionmoe.model.pretrained import (
     open_pretrained_weights,
     read_pretrained_config,
 )
+from visionmoe.model.tensor_file import Box
 
 HUB = "hf-hub:"
 _FLOATS = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
@@ -81,6 +82,19 @@ class DirectorySource:
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
         self._weights.read_into(state)
+
+    def read_box(self, name: str, box: Box, target: Tensor) -> None:
+        """Fills `target`, of the box's shape, with a part of a parameter; only this part is read."""
+        self._weights.read_box(name, box, target)
+
+    def mapped(self) -> dict[str, Tensor]:
+        """All parameters in the file's own memory (mapped, private), of which the system keeps what it has room for."""
+        size = self._weights.path.stat().st_size
+        memory = torch.from_file(str(self._weights.path), shared=False, size=size, dtype=torch.uint8)
+        return {
+            name: memory[stored.offset : stored.offset + stored.nbytes].view(stored.dtype).view(stored.shape)
+            for name, stored in self._weights.tensors.items()
+        }
 
 
 class ReferenceSource:

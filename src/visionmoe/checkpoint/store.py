@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from visionmoe.checkpoint.errors import CheckpointError, MissingFileError
+from visionmoe.checkpoint.stored import StoredTensors
 from visionmoe.files import read_json, sha256, sync, write_json
 
 FOLDER = "checkpoints"
@@ -59,43 +59,56 @@ def save_run_state(
     """
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"keep_last must be >= 1, got {keep_last}")
-    parent = Path(run_dir) / FOLDER
-    parent.mkdir(parents=True, exist_ok=True)
-    _clear_partial(parent)
-    temporary = parent / f"{_NOT_YET}{uuid.uuid4().hex}"
-    temporary.mkdir()
+    temporary = begin(run_dir)
     try:
         for name, group in tensors.items():
             save_file({k: v.detach().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
-        write_json(temporary / "state.json", {"step": step, **state})
         files = sorted(temporary.iterdir())
         for path in files:
             sync(path)
-        entries = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files}
-        manifest = {"step": step, "files": entries}
-        write_json(temporary / "manifest.json", {**manifest, "sha256": _own_digest(manifest)})
-        final = checkpoint_path(run_dir, step)
-        old = parent / f"{_OLD}{final.name}"
-        if final.exists():
-            if old.exists():
-                _remove(old)
-            final.rename(old)
-        temporary.rename(final)
-        sync(parent)
+        return publish(run_dir, step, temporary, {path.name: _entry(path) for path in files}, state, keep_last)
+    finally:
+        clear_partial(temporary.parent)
+
+
+def begin(run_dir: str | os.PathLike) -> Path:
+    """A new folder in which the files of a checkpoint can be written before it has its name."""
+    parent = Path(run_dir) / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    clear_partial(parent)
+    temporary = parent / f"{_NOT_YET}{uuid.uuid4().hex}"
+    temporary.mkdir()
+    return temporary
+
+
+def publish(
+    run_dir: str | os.PathLike,
+    step: int,
+    temporary: Path,
+    entries: Mapping[str, Mapping[str, Any]],
+    state: Mapping[str, Any],
+    keep_last: int | None,
+) -> Path:
+    """Gives the folder `temporary`, whose files of tensors (entries: the manifest's, by name) have reached the disk,
+    its state, its manifest and its name, and removes older checkpoints; see `save_run_state`."""
+    write_json(temporary / "state.json", {"step": step, **state})
+    manifest = {"step": step, "files": {**entries, "state.json": _entry(temporary / "state.json")}}
+    write_json(temporary / "manifest.json", {**manifest, "sha256": _own_digest(manifest)})
+    final = temporary.parent / f"step_{step:08d}"
+    old = temporary.parent / f"{_OLD}{final.name}"
+    if final.exists():
         if old.exists():
             _remove(old)
-    finally:
-        _clear_partial(parent)
+        final.rename(old)
+    temporary.rename(final)
+    sync(final.parent)
+    if old.exists():
+        _remove(old)
     if keep_last is not None:
         for _, path in list_checkpoints(run_dir)[:-keep_last]:
             if path != final:
                 _remove(path)
     return final
-
-
-def checkpoint_path(run_dir: str | os.PathLike, step: int) -> Path:
-    """The folder of checkpoint `step`."""
-    return Path(run_dir) / FOLDER / f"step_{step:08d}"
 
 
 def list_checkpoints(run_dir: str | os.PathLike) -> list[tuple[int, Path]]:
@@ -112,27 +125,39 @@ def verify(path: str | os.PathLike) -> list[Path]:
     CheckpointError (a ValueError) names the first file that is missing or not as it was written.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise MissingFileError(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{file} is damaged: {file.stat().st_size} bytes, expected {entry['bytes']}")
-        if sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one that was written")
-    return [path / name for name in manifest["files"]]
+    files = read_manifest(path)["files"]
+    for name, entry in files.items():
+        check_file(path / name, entry)
+    return [path / name for name in files]
+
+
+def check_file(path: Path, entry: Mapping[str, Any], contents: bool = True) -> None:
+    """Compares a file with its entry in the manifest (contents=False: only its size). CheckpointError names it."""
+    if not path.is_file():
+        raise MissingFileError(f"{path} is missing")
+    if path.stat().st_size != entry["bytes"]:
+        raise CheckpointError(f"{path} is damaged: {path.stat().st_size} bytes, expected {entry['bytes']}")
+    if contents and sha256(path) != entry["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written")
+
+
+def listed_files(path: Path) -> list[Path]:
+    """The files of a checkpoint, the manifest left out; all are there, and as long as they were written."""
+    files = read_manifest(path)["files"]
+    for name, entry in files.items():
+        check_file(path / name, entry, contents=False)
+    return [path / name for name in files]
 
 
 def load_run_state(path: str | os.PathLike, device: str | torch.device = "cpu") -> RunState:
-    """Verifies and reads one checkpoint folder; CheckpointError (a ValueError) names a damaged file."""
+    """Verifies and reads one checkpoint folder, by one process or several written; tensors are whole.
+
+    CheckpointError (a ValueError) names a damaged file.
+    """
     path = Path(path)
-    files = [file for file in verify(path) if file.suffix == ".safetensors"]
+    stored = StoredTensors.open(path, verify(path))
     state = read_json(path / "state.json")
-    try:
-        tensors = {file.stem: load_file(file, device=str(device)) for file in files}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    tensors = {group: {n: stored.read(group, n, device) for n in names} for group, names in stored.groups.items()}
     return RunState(step=state.pop("step"), tensors=tensors, state=state)
 
 
@@ -191,7 +216,8 @@ def join_optimizer_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any
     return {"state": state, "param_groups": values["param_groups"]}
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.json; CheckpointError where it is missing or changed."""
     file = path / "manifest.json"
     if not file.is_file():
         raise MissingFileError(f"{file} is missing")
@@ -205,6 +231,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
 def _own_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -216,7 +246,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(nameless)
 
 
-def _clear_partial(parent: Path) -> None:
+def clear_partial(parent: Path) -> None:
     """Removes what a process that was killed while it wrote has left. One process writes to a run at a time."""
     for path in parent.glob(f"{_NOT_YET}*"):
         shutil.rmtree(path, ignore_errors=True)

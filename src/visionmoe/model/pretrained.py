@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,21 +12,18 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from visionmoe.config import ModelConfig, from_dict, to_dict
 from visionmoe.files import atomic_write, read_json
+from visionmoe.model.tensor_file import Box, StoredTensor, TensorFile, open_tensor_file
 
 FORMAT = "visionmoe-1"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+METADATA = {"format": "pt"}  # of model.safetensors
 _READERS = 4  # threads: filling new memory keeps a core as busy as copying from the file's cache does
 _READ_BYTES = 1 << 20  # converted at once: small enough to stay in the processor's cache
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,15 +68,6 @@ class PretrainedConfig:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """shape and dtype of a tensor in a file, and the offset of its bytes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-
-
-@dataclass(frozen=True)
 class PretrainedWeights:
     """The tensors of a model.safetensors, still on disk, by name."""
 
@@ -95,6 +83,10 @@ class PretrainedWeights:
         with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
             for _ in pool.map(self._read_one, state, state.values()):
                 pass  # which raises what went wrong
+
+    def read_box(self, name: str, box: Box, target: Tensor) -> None:
+        """Fills `target`, of the box's shape, with a part of a tensor; of the file only these bytes are read."""
+        TensorFile(self.path, self.tensors).read_box(name, box, target)
 
     def _read_one(self, name: str, target: Tensor) -> None:
         stored = self.tensors[name]
@@ -122,16 +114,31 @@ def write_pretrained(
 
     preprocessing: by default the reference's for evaluation. class_names: one per class, where they are known.
     """
+    tensors = _unshared(state)
+    with pretrained_files(directory, config, preprocessing, class_names) as path:
+        save_file(tensors, path, metadata=METADATA)
+
+
+@contextlib.contextmanager
+def pretrained_files(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Iterator[Path]:
+    """Yields the path of a file to write the weights to; config.json is written beside, and both are renamed.
+
+    When the body raises, nothing in the directory has changed.
+    """
     directory = Path(directory)
     if class_names is not None and len(class_names) != config.num_classes:
         raise ValueError(f"class_names must be {config.num_classes} names, got {len(class_names)}")
     names = None if class_names is None else tuple(class_names)
     written = PretrainedConfig(config, preprocessing or Preprocessing.of(config), names)
-    tensors = _unshared(state)
     with contextlib.ExitStack() as stack:  # leaves in reverse order: config.json is renamed last
         text = json.dumps(to_dict(written), indent=1) + "\n"
         stack.enter_context(atomic_write(directory / CONFIG_NAME)).write_text(text, encoding="utf-8")
-        save_file(tensors, stack.enter_context(atomic_write(directory / WEIGHTS_NAME)), metadata={"format": "pt"})
+        yield stack.enter_context(atomic_write(directory / WEIGHTS_NAME))
         # New weights must not be read with another model's config, should the renaming be interrupted.
         old = directory / CONFIG_NAME
         if old.is_file() and old.read_bytes() != text.encode():
@@ -158,22 +165,7 @@ def open_pretrained_weights(directory: str | os.PathLike) -> PretrainedWeights:
     path = Path(directory) / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: no model was saved there")
-    try:
-        with safe_open(path, "pt"):  # checks the header, and that offsets and the file's size agree
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
-    with open(path, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, allowed: {', '.join(_DTYPES)}")
-            offset = 8 + size + entry["data_offsets"][0]
-            tensors[name] = StoredTensor(tuple(entry["shape"]), _DTYPES[entry["dtype"]], offset)
-    return PretrainedWeights(path, tensors)
+    return PretrainedWeights(path, open_tensor_file(path).tensors)
 
 
 def read_pretrained_state(directory: str | os.PathLike) -> dict[str, Tensor]:
