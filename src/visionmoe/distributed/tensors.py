@@ -36,6 +36,19 @@ def spread_like(part: Tensor, reference: Tensor, placements: Sequence[Any] | Non
     return DTensor.from_local(part, reference.device_mesh, placements, run_check=False)
 
 
+def empty_like(
+    reference: Tensor, shape: Sequence[int], dtype: torch.dtype, placements: Sequence[Any] | None = None
+) -> Tensor:
+    """An empty tensor of this whole shape on the reference's device, spread as `spread_like` spreads."""
+    if not hasattr(reference, "placements"):
+        return torch.empty(*shape, dtype=dtype, device=reference.device)
+    from torch.distributed.tensor import DTensor, empty
+
+    assert isinstance(reference, DTensor)
+    placements = reference.placements if placements is None else placements
+    return empty(*shape, dtype=dtype, device_mesh=reference.device_mesh, placements=placements)
+
+
 def own_part(whole: Tensor, reference: Tensor, placements: Sequence[Any] | None = None) -> Tensor:
     """The inverse of `spread_like`, from a tensor that every process has as a whole."""
     if not hasattr(reference, "placements"):

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionmoe.checkpoint.sharded import AsyncSaver
+from visionmoe.checkpoint.sharded_model import save_pretrained_sharded
 from visionmoe.data.loader import TrainLoader
 from visionmoe.distributed.world import from_first, gather, joined, own_device
 from visionmoe.files import write_json
@@ -27,7 +29,7 @@ from visionmoe.train.log import History, Means, RunLog, read_log, router_health
 from visionmoe.train.progress import ProgressLine
 from visionmoe.train.setup import Parts, prepare
 from visionmoe.train.signals import StopRequest, stop_on_signals
-from visionmoe.train.state import choose_device, save_model, save_training
+from visionmoe.train.state import choose_device, training_state
 from visionmoe.train.step import StepResult, train_step
 
 Evaluator = Callable[[nn.Module, int], Mapping[str, Any]]
@@ -93,7 +95,8 @@ class Trainer:
         self.progress.best = self.history.best
         self.finished = False
         self._stopping = False
-        self._saved = None if parts.resumed_from is None else (self.progress.step, parts.resumed_from)
+        self.saver = AsyncSaver()
+        self._saved = None if parts.resumed_from is None else self.progress.step
         self._interval_start = self.progress.step
         self._interval_seconds = 0.0
 
@@ -202,7 +205,8 @@ class Trainer:
 
     def _end(self) -> None:
         if self._stopping:
-            path = self._save()
+            self._save()
+            path = self.saver.wait() or self.parts.resumed_from
             name = next(filter(None, gather(self.stop.name)))  # the signal may have come to one process alone
             self.stop.name = name
             self._event(f"{name}: saved {path} and stopped at step {self.progress.step}; resume goes on here")
@@ -210,8 +214,15 @@ class Trainer:
         self._save()
         with self.parts.averaged():
             preprocessing = Preprocessing.of(self.parts.model.config, self.config.data.eval_resize)
-            save_model(self.parts.model, Path(self.config.out) / "model", self.parts.source.class_names, preprocessing)
+            save_pretrained_sharded(
+                self.parts.model.state_dict(),
+                self.parts.model.config,
+                Path(self.config.out) / "model",
+                preprocessing,
+                self.parts.source.class_names,
+            )
         self._evaluate(self.evaluators)
+        self.saver.wait()
         self.finished = True
 
     def _log_train(self) -> None:
@@ -247,15 +258,15 @@ class Trainer:
                 self.line.show(record)
         self.parts.model.train()
 
-    def _save(self) -> Path:
-        """Saves a checkpoint, unless this step's is there already, and returns its folder."""
+    def _save(self) -> None:
+        """Saves a checkpoint, unless this step's is there already. Others than one process on a CPU go on meanwhile."""
         parts, step = self.parts, self.progress.step
-        if self._saved is None or self._saved[0] != step:
-            path = save_training(
-                self.config.out, parts.model, parts.optimizer, parts.ema, self.progress, self.config.keep_last
-            )
-            self._saved = step, path
-        return self._saved[1]
+        if self._saved != step:
+            tensors, values = training_state(parts.model, parts.optimizer, parts.ema, self.progress)
+            self.saver.save(self.config.out, step, tensors, values, self.config.keep_last)
+            self._saved = step
+        if self.parallel.world.size == 1 and parts.device.type == "cpu":
+            self.saver.wait()  # writing would only take the cores from the next steps
 
     def _event(self, message: str) -> None:
         self.line.show(self.log.write("event", self.progress.step, message=message))

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from visionmoe.checkpoint.load import load
+from visionmoe.checkpoint.sharded import latest_good_together
 from visionmoe.checkpoint.sources import open_source as open_checkpoint
-from visionmoe.checkpoint.store import RunState, latest_good, list_checkpoints, load_run_state, remove_newer
+from visionmoe.checkpoint.store import list_checkpoints, remove_newer
 from visionmoe.config import ModelConfig, MoEConfig, check_names, from_dict, to_dict
 from visionmoe.data.sources import Source, open_source
 from visionmoe.distributed.layout import Layout
 from visionmoe.distributed.world import current, from_first, own_device
-from visionmoe.files import write_json
+from visionmoe.files import read_json, write_json
 from visionmoe.model.skeleton import materialise, skeleton
 from visionmoe.model.vit import ModelOutput, VisionTransformer
 from visionmoe.train.config import TrainConfig, read_config
@@ -83,18 +84,19 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
     source = open_source(config.data.source, config.data.train_split)
     config, notes = resolve(config, source)
     _check_folder(config, resume)
-    path = from_first(latest_good(config.out) if resume and world.is_first else None)
-    saved = None if path is None else load_run_state(path)
-    model, empty = _model(config, source.class_names, saved, notes)
+    path = latest_good_together(config.out) if resume else None
+    model, empty = _model(config, source.class_names, path, notes)
     parallel.spread(model, device)
-    if empty:
+    if path is not None:
+        model.to_empty(device=device)
+    elif empty:
         seed_everything(config.seed, _INITIALISATION)
         materialise(model, device)
     model.to(device)
     assert config.steps is not None
     optimizer = _optimizer(config, model, config.steps)
     ema = None if config.ema_decay is None else Ema(model, config.ema_decay)
-    progress = Progress() if saved is None else restore_training(saved, str(path), model, optimizer, ema)
+    progress = Progress() if path is None else restore_training(path, model, optimizer, ema)
     if path is not None:
         notes.append(f"resumed from {path}")
         removed = from_first(remove_newer(path) if world.is_first else [])
@@ -163,14 +165,15 @@ def _optimizer(config: TrainConfig, model: VisionTransformer, steps: int) -> Sch
 
 
 def _model(
-    config: TrainConfig, class_names: tuple[str, ...], saved: RunState | None, notes: list[str]
+    config: TrainConfig, class_names: tuple[str, ...], resumed_from: Path | None, notes: list[str]
 ) -> tuple[VisionTransformer, bool]:
-    """The model, and whether it is a skeleton yet: of the saved config, or to be trained from scratch.
+    """The model, and whether it is a skeleton yet: of a checkpoint's config, or to be trained from scratch.
 
     Adds to `notes` what was decided about a fine-tuned model's head.
     """
-    if saved is not None:
-        return skeleton(VisionTransformer, from_dict(ModelConfig, saved.state["model"])), True
+    if resumed_from is not None:
+        saved = read_json(resumed_from / "state.json")["model"]
+        return skeleton(VisionTransformer, from_dict(ModelConfig, saved)), True
     if config.model is not None:
         return skeleton(VisionTransformer, config.model), True
     seed_everything(config.seed, _INITIALISATION)  # of a new head's or other new parameters

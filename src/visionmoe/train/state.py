@@ -1,6 +1,5 @@
 """From a running training to a checkpoint and back."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionmoe.checkpoint.store import (
-    RunState,
-    checkpoint_path,
-    join_optimizer_state,
-    save_run_state,
-    split_optimizer_state,
-)
+from visionmoe.checkpoint.sharded import open_checkpoint
+from visionmoe.checkpoint.store import join_optimizer_state, split_optimizer_state
 from visionmoe.config import to_dict
-from visionmoe.distributed.tensors import local, own_part, spread_like, whole_tensor
-from visionmoe.distributed.world import barrier, current
-from visionmoe.model.pretrained import Preprocessing, write_pretrained
+from visionmoe.distributed.tensors import empty_like, local, spread_like
+from visionmoe.files import read_json
 from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.ema import Ema
 from visionmoe.train.optim import ScheduledOptimizer
@@ -35,23 +28,6 @@ class Progress:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     best: dict[str, list[float]] | None = None
-
-
-def save_training(
-    out: str,
-    model: VisionTransformer,
-    optimizer: ScheduledOptimizer,
-    ema: Ema | None,
-    progress: Progress,
-    keep_last: int,
-) -> Path:
-    """Writes OUT/checkpoints/step_XXXXXXXX. Collective."""
-    tensors, values = training_state(model, optimizer, ema, progress)
-    whole = {group: {name: whole_tensor(t) for name, t in own.items()} for group, own in tensors.items()}
-    if current().is_first:
-        save_run_state(out, progress.step, whole, values, keep_last)
-    barrier()
-    return checkpoint_path(out, progress.step)
 
 
 def training_state(
@@ -72,38 +48,30 @@ def training_state(
     return tensors, values
 
 
-def restore_training(
-    saved: RunState, path: str, model: VisionTransformer, optimizer: ScheduledOptimizer, ema: Ema | None
-) -> Progress:
-    """Loads a checkpoint (read from `path`) into all parts, made with the saved run's config."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in model.state_dict().items():
-        local(tensor).copy_(own_part(saved.tensors["model"][name], tensor))
-    values: dict[str, Any] = saved.state["optimizer"]
+def restore_training(path: Path, model: VisionTransformer, optimizer: ScheduledOptimizer, ema: Ema | None) -> Progress:
+    """Loads a verified checkpoint, of however many processes, into all parts, made with the saved run's config."""
+    stored = open_checkpoint(path)
+    state = read_json(path / "state.json")
     numbered = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {key: own_part(t, *_of_state(optimizer, numbered, key)) for key, t in saved.tensors["optimizer"].items()}
-    optimizer.load_state_dict(join_optimizer_state(own, values))
+    parameters = dict(model.named_parameters())
+    targets: dict[str, dict[str, Tensor]] = {"model": dict(model.state_dict()), "optimizer": {}}
+    for key, whole in stored.groups["optimizer"].items():
+        param, placements = _of_state(optimizer, numbered, key)
+        targets["optimizer"][key] = empty_like(param, whole.shape, whole.dtype, placements)
     if ema is not None:
-        if "ema" not in saved.tensors:
+        if "ema" not in stored.groups:
             raise ValueError(f"{path} has no averaged parameters, but the run's config has ema_decay")
-        ema.load({name: own_part(saved.tensors["ema"][name], parameters[name]) for name in ema.average})
-    return Progress(**saved.state["progress"])
+        targets["ema"] = {name: spread_like(average, parameters[name]) for name, average in ema.average.items()}
+    stored.fill(targets)
+    own = {key: local(tensor) for key, tensor in targets["optimizer"].items()}
+    optimizer.load_state_dict(join_optimizer_state(own, state["optimizer"]))
+    return Progress(**state["progress"])
 
 
 def _of_state(optimizer: ScheduledOptimizer, numbered: list[Tensor], key: str) -> tuple[Tensor, list[Any] | None]:
     """The parameter to which the optimizer's tensor "3.mu" belongs, and how the tensor is divided."""
     number, _, name = key.partition(".")
     return numbered[int(number)], state_placements(optimizer.scaling, numbered[int(number)], name)
-
-
-def save_model(
-    model: VisionTransformer, directory: Path, class_names: Sequence[str], preprocessing: Preprocessing
-) -> None:
-    """Writes what `visionmoe.load` reads. Collective."""
-    state = {name: whole_tensor(t) for name, t in model.state_dict().items()}
-    if current().is_first:
-        write_pretrained(directory, model.config, state, preprocessing, class_names)
-    barrier()
 
 
 def choose_device(name: str) -> torch.device:
