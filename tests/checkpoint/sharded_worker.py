@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import visionmoe as vm
 from visionmoe.checkpoint.sharded import AsyncSaver, latest_good_together, load_sharded, save_sharded, verify_together
@@ -142,9 +142,11 @@ def errors(run, saver):
     saver.save(run, 9, {"model": {"a": torch.ones(3)}}, {"loss": float("nan")})
     state = raised(saver.wait)
     assert saver.wait().name == "step_00000004"  # an error is raised once
+    sums = DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (2,)), [Partial()])
+    partial = raised(lambda: save_sharded(run, 9, {"model": {"a": sums}}, {}))
     assert not glob.glob(str(run / "checkpoints" / "*9"))
     missing = raised(lambda: load_sharded(run / "checkpoints" / "step_00000004", {"model": {"a": torch.ones(3)}}))
-    return [names, shapes, state, missing]
+    return [names, shapes, state, missing, partial]
 
 
 def damage(run):

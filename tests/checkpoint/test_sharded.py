@@ -15,11 +15,12 @@ from safetensors import safe_open
 
 import visionmoe as vm
 from visionmoe.checkpoint import write_vmoe
+from visionmoe.checkpoint.convert import ConvertConfig, run_convert
 from visionmoe.checkpoint.mapping import our_shapes, tensors_to_vmoe
 from visionmoe.checkpoint.sharded import AsyncSaver, load_sharded, save_sharded
 from visionmoe.checkpoint.sharded_model import export_pretrained, read_into_sharded, save_pretrained_sharded
 from visionmoe.checkpoint.store import latest_good, list_checkpoints, load_run_state, save_run_state, verify
-from visionmoe.model.pretrained import write_pretrained
+from visionmoe.model.pretrained import Preprocessing, write_pretrained
 from visionmoe.model.tensor_file import open_tensor_file, plan_file, runs
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -83,7 +84,7 @@ def test_one_process_goes_on_from_two_and_every_element_is_stored_once(folder):
 
 def test_faults_are_named_on_both_processes_and_the_previous_checkpoint_is_used(folder):
     first, second = (json.loads((folder / f"report-{rank}.json").read_text()) for rank in (0, 1))
-    names, shapes, state, missing = first["errors"]
+    names, shapes, state, missing, partial = first["errors"]
     assert names == "ValueError: rank 1 and rank 0 do not have the same tensors: model/b"
     assert shapes == "ValueError: model/a is (4,) torch.float32 on rank 1, but ((3,), 'torch.float32') here"
     assert (
@@ -92,6 +93,9 @@ def test_faults_are_named_on_both_processes_and_the_previous_checkpoint_is_used(
     )
     assert second["errors"][2] == state.replace("written: ", "written: rank 0: ")
     assert "step_00000004: model does not fit this run; missing: a (3,)" in missing
+    assert partial.startswith(
+        "ValueError: model: a is laid out as (Partial(sum),); checkpoints know Shard and Replicate"
+    )
     name, warned, gone = first["damage"]
     assert name == second["damage"][0] == "step_00000002"
     assert second["damage"][1] == []
@@ -130,6 +134,35 @@ def test_models_of_two_processes_are_the_files_that_one_writes(folder, tmp_path)
     with pytest.raises(ValueError, match="has no 'other', only ema, model, optimizer"):
         export_pretrained(path, tmp_path / "other", group="other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_of_two_processes_becomes_the_released_format(folder, tmp_path):
+    path = str(folder / "run" / "checkpoints" / "step_00000002")
+    results = run_convert(ConvertConfig(path, str(tmp_path / "vmoe"), to="vmoe", num_shards=2))
+    assert set(results["files"]) == {
+        "config.json",
+        "ckpt.index",
+        "ckpt.data-00000-of-00002",
+        "ckpt.data-00001-of-00002",
+    }
+    for name in ("ckpt.index", "ckpt.data-00000-of-00002", "ckpt.data-00001-of-00002"):
+        assert (tmp_path / "vmoe" / name).read_bytes() == (folder / name).read_bytes()
+    assert not list((tmp_path / "vmoe").glob(".*"))
+    run_convert(ConvertConfig(path, str(tmp_path / "averaged"), averaged=True))
+    assert_same({"ema": vm.load(tmp_path / "averaged").state_dict()}, {"ema": worker.whole()["ema"]})
+    with pytest.raises(ValueError, match=r"averaged is for a run's checkpoint \(a folder with manifest\.json\)"):
+        run_convert(ConvertConfig(str(tmp_path / "averaged"), str(tmp_path / "x"), averaged=True))
+    with pytest.raises(ValueError, match="has a config of its own"):
+        run_convert(ConvertConfig(path, str(tmp_path / "x"), config="config.json"))
+
+
+def test_an_export_knows_what_the_run_says_of_its_images(tmp_path):
+    preprocessing = Preprocessing.of(worker.CONFIG, resize_to=40)
+    state = {**worker.STATE, "preprocessing": vm.config.to_dict(preprocessing), "class_names": list("vwxyz")}
+    path = save_sharded(tmp_path, 1, worker.whole(), state)
+    export_pretrained(path, tmp_path / "exported")
+    model = vm.load(tmp_path / "exported")
+    assert (model.preprocessing, model.class_names) == (preprocessing, tuple("vwxyz"))
 
 
 def test_one_process_uses_the_same_functions(tmp_path):
@@ -195,15 +228,26 @@ def test_headers_are_those_of_the_safetensors_package(tmp_path):
 
 
 MEMORY = """
-import sys, torch
-from visionmoe.checkpoint.sharded_model import export_pretrained
-def memory(key):
+import sys, threading, time
+from visionmoe.checkpoint.convert import ConvertConfig, run_convert
+def anonymous():  # what the system cannot take back; a mapped file's pages it can
     with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) << 10
-export_pretrained(sys.argv[2], sys.argv[3])  # a small one: what is imported and allocated once
-before = memory("VmRSS")
-export_pretrained(sys.argv[1], sys.argv[3])
-print(memory("VmHWM") - before)
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) << 10
+def grown(*job):
+    before, peak, on = anonymous(), 0, True
+    def watch():
+        nonlocal peak
+        while on:
+            peak = max(peak, anonymous() - before)
+            time.sleep(0.001)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run_convert(ConvertConfig(*job[:2], to=job[2]))
+    on = False
+    thread.join()
+    return peak
+grown(sys.argv[2], sys.argv[3], "vmoe")  # a small one: what is imported and allocated once
+print(grown(sys.argv[1], sys.argv[3], "safetensors"), grown(sys.argv[1], sys.argv[3] + "/vmoe", "vmoe"))
 """
 
 
@@ -218,12 +262,13 @@ def test_export_holds_slices_not_the_model(tmp_path):
     size = (paths[0] / "model.safetensors").stat().st_size
     assert size > 200 << 20
     command = [sys.executable, "-c", MEMORY, *map(str, paths), str(tmp_path / "out")]
-    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(f"model {size / 2**20:.0f} MiB, memory grew by {grown / 2**20:.1f} MiB")
-    assert grown < 60 << 20
-    written, given = (
-        open_tensor_file(path) for path in (tmp_path / "out" / "model.safetensors", paths[0] / "model.safetensors")
-    )
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    print(f"model {size >> 20} MiB, memory grew by (bytes) {text}")
+    directory, released = map(int, text.split())
+    assert directory < 60 << 20  # one slice of 16 MiB, or one expert, and what the allocator keeps
+    assert released < 120 << 20  # one slice of 64 MiB, with its axes in another order
+    paths = (tmp_path / "out" / "model.safetensors", paths[0] / "model.safetensors")
+    written, given = (open_tensor_file(path) for path in paths)
     assert hashed(written) == hashed(given)
 
 
@@ -234,6 +279,7 @@ def hashed(file):
 
 
 @pytest.mark.distributed4
+@pytest.mark.timeout(1200)
 def test_from_one_to_four_to_two_to_one_to_four(tmp_path):
     save_run_state(tmp_path / "run", 1, worker.whole(), worker.STATE)
     plan = [(4, {"fsdp": 2, "ep": 2}), (2, {"ep": 2}), (1, {}), (4, {"dp": 2, "ep": 2}), (4, {"ep": 4}),

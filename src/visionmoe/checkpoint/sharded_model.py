@@ -36,7 +36,9 @@ def export_pretrained(
     """Writes the model of a run's checkpoint (RUN/checkpoints/step_XXXXXXXX, written by any number of processes) as
     config.json and model.safetensors, as `save_pretrained` does. One process; a slice of a tensor in memory at a time.
 
-    group: "model", or "ema" for the averaged parameters. CheckpointError (a ValueError) names a damaged file.
+    group: "model", or "ema" for the averaged parameters. preprocessing, class_names: by default what the checkpoint's
+    state says ("preprocessing", "class_names"), else as `save_pretrained`. CheckpointError (a ValueError) names a damaged
+    file.
     """
     path = Path(checkpoint)
     stored = StoredTensors.open(path, verify(path))
@@ -46,6 +48,9 @@ def export_pretrained(
     if "model" not in state:
         raise CheckpointError(f"{path / 'state.json'} does not say the model's config")
     config = from_dict(ModelConfig, state["model"])
+    if preprocessing is None and state.get("preprocessing") is not None:
+        preprocessing = from_dict(Preprocessing, state["preprocessing"])
+    class_names = state.get("class_names") if class_names is None else class_names
     tensors = stored.groups[group]
     complain(str(path), compare({name: whole.shape for name, whole in tensors.items()}, our_shapes(config)))
     start, places = plan_file({name: (whole.shape, whole.dtype) for name, whole in tensors.items()}, METADATA)

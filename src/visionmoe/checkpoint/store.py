@@ -30,6 +30,7 @@ from visionmoe.checkpoint.stored import StoredTensors
 from visionmoe.files import read_json, sha256, sync, write_json
 
 FOLDER = "checkpoints"
+MANIFEST_NAME = "manifest.json"
 _OLD = "old-"  # prefix of one that is being replaced; it sorts before its successor
 _STEP_NAME = re.compile(rf"(?:{_OLD})?step_(\d{{8,}})$")
 _NOT_YET = ".partial-"  # prefix of folders that are being written
@@ -93,7 +94,7 @@ def publish(
     its state, its manifest and its name, and removes older checkpoints; see `save_run_state`."""
     write_json(temporary / "state.json", {"step": step, **state})
     manifest = {"step": step, "files": {**entries, "state.json": _entry(temporary / "state.json")}}
-    write_json(temporary / "manifest.json", {**manifest, "sha256": _own_digest(manifest)})
+    write_json(temporary / MANIFEST_NAME, {**manifest, "sha256": _own_digest(manifest)})
     final = temporary.parent / f"step_{step:08d}"
     old = temporary.parent / f"{_OLD}{final.name}"
     if final.exists():
@@ -218,7 +219,7 @@ def join_optimizer_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """A checkpoint's manifest.json; CheckpointError where it is missing or changed."""
-    file = path / "manifest.json"
+    file = path / MANIFEST_NAME
     if not file.is_file():
         raise MissingFileError(f"{file} is missing")
     try:

@@ -14,6 +14,7 @@ def run(options: Convert) -> None:
             config=None if options.config is None else str(options.config),
             to=options.to,
             num_shards=options.shards,
+            averaged=options.averaged,
         )
     )
     print(f"{results['parameters']:,} parameters in {results['seconds']:.1f} s")

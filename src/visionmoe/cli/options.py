@@ -229,7 +229,8 @@ class Convert:
     """Convert a checkpoint from the released format to safetensors, or back."""
 
     path: ModelPath
-    """PREFIX of a released checkpoint (PREFIX.index), a .npz, or a folder that convert or save_pretrained wrote."""
+    """PREFIX of a released checkpoint (PREFIX.index), a .npz, a folder that convert or save_pretrained wrote, or a
+    run's checkpoint (RUN/checkpoints/step_XXXXXXXX)."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder to write."""
     config: File = None
@@ -238,6 +239,8 @@ class Convert:
     """Format to write."""
     shards: int = 1
     """Number of data files with --to vmoe."""
+    averaged: bool = False
+    """Of a run's checkpoint: the averaged parameters."""
 
 
 @dataclass(frozen=True)
