@@ -37,8 +37,8 @@ def export_pretrained(
     config.json and model.safetensors, as `save_pretrained` does. One process; a slice of a tensor in memory at a time.
 
     group: "model", or "ema" for the averaged parameters. preprocessing, class_names: by default what the checkpoint's
-    state says ("preprocessing", "class_names"), else as `save_pretrained`. CheckpointError (a ValueError) names a damaged
-    file.
+    state says ("preprocessing", "class_names"), else as `save_pretrained`.
+    CheckpointError (a ValueError) names a damaged file.
     """
     path = Path(checkpoint)
     stored = StoredTensors.open(path, verify(path))
