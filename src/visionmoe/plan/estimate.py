@@ -70,9 +70,7 @@ def candidate(work: Work, layout: Layout, sizes: Held, operations: int, limit: i
     own, sent, share = memory(work, layout, sizes), traffic(work, layout, sizes), operations / layout.devices
     activations = own.activations if work.training else widest_moment(work, layout)[1] * work.config.num_layers
     moved = memory_bytes(work, layout, sizes, own, activations)
-    return Candidate(
-        layout, own, sent, share, moved, seconds(share, moved, sent.total, rates), fits=own.peak <= limit
-    )
+    return Candidate(layout, own, sent, share, moved, seconds(share, moved, sent.total, rates), fits=own.peak <= limit)
 
 
 def fewest_devices(work: Work, sizes: Held, limit: int, beyond: int) -> tuple[int, Layout] | None:

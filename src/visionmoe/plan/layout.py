@@ -52,8 +52,7 @@ class Layout:
             raise ValueError(f"ep must divide the number of experts, got {self} and {moe.num_experts} experts")
         if moe.layers and self.fsdp > 1 and (config.hidden_size % self.fsdp or config.mlp_dim % self.fsdp):
             raise ValueError(
-                f"fsdp must divide the widths of the experts, got {self}, D {config.hidden_size} and "
-                f"F {config.mlp_dim}"
+                f"fsdp must divide the widths of the experts, got {self}, D {config.hidden_size} and F {config.mlp_dim}"
             )
 
 

@@ -1,8 +1,8 @@
 """The peak of tensor memory of a real step, as torch's allocator reports it to the profiler; to check plans by.
 
-    python -m visionmoe.plan.measure '{"config": {...}, "batch_size": 8, ...}'
+    python -m visionmoe.plan.measure '{"config": {...}, "batch_size": 8, ...}' ...
 
-prints one JSON line: tensor_bytes, the peak of what tensors hold on a CPU, and resident_bytes, that of the process
+prints one JSON line for each argument: tensor_bytes, the peak of what tensors hold on a CPU, and resident_bytes, that of the process
 above what it had before the model.
 """
 
@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,53 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from visionmoe.config import ModelConfig, from_dict, to_dict
+from visionmoe.model.packed import PackedWeights
 from visionmoe.model.vit import VisionTransformer, create_model
-from visionmoe.plan.work import Work
+from visionmoe.plan.work import Work, torch_dtype
 from visionmoe.train.losses import create_loss
 from visionmoe.train.optim import create_optimizer
 from visionmoe.train.step import StepSettings, train_step
 
+CALLS = 2  # the second step has the optimizer's state, too
 
-def ask(work: Work) -> dict[str, int]:
-    """Measured in a fresh process on a CPU. RuntimeError with its last words where that fails."""
-    question = {"config": to_dict(work.config) | {"moe": to_dict(work.config.moe)}}
-    question |= {name: getattr(work, name) for name in ("batch_size", "accumulation", "mode", "precision", "optimizer")}
-    command = [sys.executable, "-m", "visionmoe.plan.measure", json.dumps(question | {"options": work.options})]
+
+def ask(*works: Work) -> list[dict[str, int]]:
+    """Measured one after the other in a fresh process on a CPU; the resident bytes of the first alone mean something.
+
+    RuntimeError with the process' last words where it fails.
+    """
+    command = [sys.executable, "-m", "visionmoe.plan.measure", *(json.dumps(_question(work)) for work in works)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the process that measures failed: {done.stderr.strip()[-600:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def _question(work: Work) -> dict[str, Any]:
+    return {f.name: getattr(work, f.name) for f in fields(work)} | {"config": to_dict(work.config)}
 
 
 def peak_bytes(work: Work) -> dict[str, int]:
     """Of the second step or call, which has the optimizer's state, too, in this process."""
+    tiny = ModelConfig(image_size=32, num_classes=10, hidden_size=32, num_layers=1, mlp_dim=32, num_heads=1)
+    _made(replace(work, config=tiny, batch_size=work.accumulation))[1]()  # loads the libraries
     before = _resident("VmRSS")
-    torch.manual_seed(0)
-    model = create_model(work.config)
-    call, held = _training(work, model) if work.training else _inference(work, model)
-    call()
-    sizes = sum(_storages(held()).values())
+    model, call, held = _made(work)
+    for _ in range(CALLS):
+        call()
+    resident = _resident("VmHWM") - before
+    model.zero_grad(set_to_none=True)  # as the step does first; the profiler would not see that they go
+    sizes = sum(_storages(held()).values()) + _packed(model)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    return {"tensor_bytes": sizes + _highest(profiler), "resident_bytes": _resident("VmHWM") - before}
+    return {"tensor_bytes": sizes + _highest(profiler), "resident_bytes": resident}
+
+
+def _made(work: Work) -> tuple[VisionTransformer, Callable[[], Any], Callable[[], list[torch.Tensor]]]:
+    """A model, its step or call, and what lives before one."""
+    torch.manual_seed(0)
+    model = create_model(work.config)
+    return model, *(_training(work, model) if work.training else _inference(work, model))
 
 
 def _training(work: Work, model: VisionTransformer) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
@@ -65,14 +84,13 @@ def _training(work: Work, model: VisionTransformer) -> tuple[Callable[[], Any], 
 
     def held() -> list[torch.Tensor]:
         states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        return [*model.parameters(), *gradients, *states, images, labels]
+        return [*model.parameters(), *states, images, labels]
 
     return call, held
 
 
 def _inference(work: Work, model: VisionTransformer) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[work.precision]
+    dtype = torch_dtype(work.precision)
     model = model.eval().to(dtype)
     images = _images(work).to(dtype)
 
@@ -89,6 +107,12 @@ def _images(work: Work) -> torch.Tensor:
 
 def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _packed(model: VisionTransformer) -> int:
+    """Bytes of weights in oneDNN's layout, which torch's allocator does not see."""
+    packed = [m.packed for m in model.modules() if isinstance(getattr(m, "packed", None), PackedWeights)]
+    return sum(t.numel() * t.element_size() for one in packed for t in one._packed)
 
 
 def _highest(profiler: profile) -> int:
@@ -114,4 +138,5 @@ def _work(question: dict[str, Any]) -> Work:
 
 
 if __name__ == "__main__":
-    print(json.dumps(peak_bytes(_work(json.loads(sys.argv[1])))))
+    for argument in sys.argv[1:]:
+        print(json.dumps(peak_bytes(_work(json.loads(argument)))), flush=True)

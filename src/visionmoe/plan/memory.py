@@ -57,9 +57,7 @@ def memory(work: Work, layout: Layout, sizes: Held | None = None) -> Memory:
     return Memory(parameters, gradients, state, sum(step.saved for step in steps), at_peak, name)
 
 
-def _passes(
-    work: Work, layout: Layout, steps: list[Operation], gradients: int
-) -> list[tuple[int, int, int, str]]:
+def _passes(work: Work, layout: Layout, steps: list[Operation], gradients: int) -> list[tuple[int, int, int, str]]:
     """(saved, gradients, other bytes, name) at every operation of the forward and the backward pass.
 
     Each part of an accumulated batch finds the gradients of the parts before it.

@@ -50,7 +50,7 @@ def operations(work: Work, layout: Layout) -> list[Operation]:
 
 
 def _embedding(config: ModelConfig, work: Work, images: int) -> Iterator[Operation]:
-    """The convolution keeps its images: the batch itself, or a copy in bfloat16; its output and that of torch.cat go."""
+    """The convolution keeps its images: the batch itself, or a copy in bfloat16. Its output and torch.cat's go."""
     c, dim = work.compute_bytes, config.hidden_size
     (rows, columns), tokens = config.image_hw, images * config.num_tokens
     patch = config.patch_hw[0] * config.patch_hw[1] * config.in_channels * dim
@@ -227,8 +227,9 @@ def _head(config: ModelConfig, work: Work, images: int) -> Iterator[Operation]:
         yield Operation("pre_logits", images * width * FLOAT + _cast(dim * width, c), 0, 2 * images * width * FLOAT,
                         dense=dim * width + width)  # fmt: skip
     if classes:
-        yield Operation("head", c * images * (width if c < FLOAT else 0) + _cast(width * classes, c),
-                        c * images * classes, c * images * (classes + width), dense=width * classes + classes)  # fmt: skip
+        logits = c * images * classes
+        yield Operation("head", (c * images * width if c < FLOAT else 0) + _cast(width * classes, c), logits,
+                        logits + c * images * width, dense=width * classes + classes)  # fmt: skip
         scores = FLOAT * images * classes
         yield Operation("loss", scores + c * images * classes, 2 * scores, 2 * scores)
 

@@ -44,7 +44,7 @@ class Seconds:
 
 def flops(work: Work) -> int:
     """Of the whole step over all devices: `count_flops` per image, three times in training (a backward pass makes two
-    products of each product's size). Places of experts as for groups of any size but those that the config sets."""
+    products of each product's size)."""
     once = count_flops(skeleton(create_model, work.config))
     return once * work.batch_size * (3 if work.training else 1)
 

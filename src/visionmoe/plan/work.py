@@ -53,9 +53,7 @@ class Work:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.accumulation < 1:
-            raise ValueError(
-                f"batch_size and accumulation must be >= 1, got {self.batch_size} and {self.accumulation}"
-            )
+            raise ValueError(f"batch_size and accumulation must be >= 1, got {self.batch_size} and {self.accumulation}")
         if self.mode == "inference" and self.accumulation > 1:
             raise ValueError(f"accumulation must be 1 in inference, got {self.accumulation}")
 
