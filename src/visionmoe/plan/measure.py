@@ -2,8 +2,8 @@
 
     python -m visionmoe.plan.measure '{"config": {...}, "batch_size": 8, ...}' ...
 
-prints one JSON line for each argument: tensor_bytes, the peak of what tensors hold on a CPU, and resident_bytes, that of the process
-above what it had before the model.
+prints one JSON line for each argument: tensor_bytes, the peak of what tensors hold on a CPU, and resident_bytes, that
+of the process above what it had before the model.
 """
 
 import json
@@ -111,14 +111,16 @@ def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
 
 def _packed(model: VisionTransformer) -> int:
     """Bytes of weights in oneDNN's layout, which torch's allocator does not see."""
-    packed = [m.packed for m in model.modules() if isinstance(getattr(m, "packed", None), PackedWeights)]
-    return sum(t.numel() * t.element_size() for one in packed for t in one._packed)
+    packed: list[Any] = [getattr(module, "packed", None) for module in model.modules()]
+    held = [t for one in packed if isinstance(one, PackedWeights) for t in one._packed]
+    return sum(t.numel() * t.element_size() for t in held)
 
 
 def _highest(profiler: profile) -> int:
     """The highest sum of the allocator's events, which are positive for new and negative for freed memory."""
-    kineto = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = [e for e in kineto.events() if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
+    kineto: Any = profiler.profiler
+    events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in events if e.device_type() == DeviceType.CPU]
     now = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()

@@ -1,8 +1,8 @@
 """The operations of a training step in their order, with the bytes that each one makes and keeps for the backward pass.
 
 N tokens of one part of a device's batch; c bytes of a value in a product (4, or 2 under autocast to bfloat16); the
-residual stream and LayerNorms stay in float32 under autocast, too, because the learned positions are. What autograd keeps
-is said beside each operation; a tensor that two operations keep is counted at the first.
+residual stream and LayerNorms stay in float32 under autocast, too, because the learned positions are. What autograd
+keeps is said beside each operation; a tensor that two operations keep is counted at the first.
 """
 
 from collections.abc import Iterator
