@@ -1,4 +1,4 @@
-"""The widest moment of a forward pass without gradients, in bytes; no tensor is kept but what some frame still names."""
+"""The widest moment of a forward pass without gradients, in bytes; kept is only what some frame still names."""
 
 from visionmoe.config import ModelConfig
 from visionmoe.model import packed
