@@ -66,21 +66,21 @@ class DirectorySource:
         stored = read_pretrained_config(directory)
         self.config, self.preprocessing = stored.model, stored.preprocessing or Preprocessing.of(stored.model)
         self.class_names = stored.class_names
-        self._weights = open_pretrained_weights(directory)
+        self.weights = open_pretrained_weights(directory)
 
     def check(self, left_out: Iterable[str]) -> None:
         ignored = set(left_out)
         shapes, wanted = (
             {n: s for n, s in shapes.items() if n.split(".")[0] not in ignored}
-            for shapes in (self._weights.shapes, our_shapes(self.config))
+            for shapes in (self.weights.shapes, our_shapes(self.config))
         )
-        complain(str(self._weights.path), compare(shapes, wanted))
+        complain(str(self.weights.path), compare(shapes, wanted))
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._weights.tensors[name].dtype
+        return self.weights.tensors[name].dtype
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
-        self._weights.read_into(state)
+        self.weights.read_into(state)
 
 
 class ReferenceSource:

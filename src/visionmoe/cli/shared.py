@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from visionmoe.checkpoint.load import load
+from visionmoe.checkpoint.streaming import load_streamed
 from visionmoe.cli.options import ModelOnImages
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
@@ -45,10 +46,19 @@ def model_folder(path: str) -> str:
     return path
 
 
-def load_model(path: str, config: Path | None, device: str | None, image_size: int | None = None) -> VisionTransformer:
-    """The trained model in evaluation mode on the device (None: a GPU where there is one)."""
+def load_model(
+    path: str, config: Path | None, device: str | None, image_size: int | None = None, *, stream: bool = False
+) -> VisionTransformer:
+    """The trained model in evaluation mode on the device (None: a GPU where there is one).
+
+    stream: its experts stay in the file, see `visionmoe.checkpoint.streaming`.
+    """
     chosen = choose_device(device)
     overrides: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    if stream:
+        if config is not None:
+            raise ValueError("--stream reads a folder, which has a config of its own: leave --config out")
+        return load_streamed(model_folder(path), device=chosen, **overrides)
     return load(model_folder(path), config, **overrides).to(chosen)
 
 

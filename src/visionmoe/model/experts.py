@@ -1,10 +1,14 @@
 """The experts of one MoE layer: E MLPs of the same shape, their weights stacked on axis 0."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionmoe.model.packed import PackedWeights
+from visionmoe.model.streaming import ExpertStream
 
 
 class ExpertLinear(nn.Module):
@@ -31,6 +35,7 @@ class Experts(nn.Module):
     """E two-layer MLPs with GELU (arXiv 2106.05974, section 2.2). `visionmoe.model.dispatch` runs them.
 
     approximate: "tanh" or "none", the forms of GELU as torch names them.
+    stream: of the weights where these stay in a file (`visionmoe.checkpoint.streaming`), None where they do not.
     """
 
     def __init__(
@@ -47,6 +52,14 @@ class Experts(nn.Module):
         self.fc1 = ExpertLinear(num_experts, hidden_size, mlp_dim)
         self.fc2 = ExpertLinear(num_experts, mlp_dim, hidden_size)
         self.dropout = nn.Dropout(dropout_rate)
+        self.stream: ExpertStream | None = None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """As torch's (`to`, `float`, ...); weights that have become others are in memory, and no longer streamed."""
+        super()._apply(fn, recurse)
+        if self.stream is not None and not self.stream.serves(self.fc1.weight, self.fc2.weight):
+            self.stream = None
+        return self
 
     def reset_parameters(self, split_rngs: bool) -> None:
         self.fc1.reset_parameters(split_rngs)
@@ -54,6 +67,16 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Every expert on its own N rows. (E, N, D) -> (E, N, D)."""
+        if self.stream is not None:
+            return self._streamed(rows, self.stream)
         hidden = torch.matmul(rows, self.fc1.weight.transpose(1, 2)) + self.fc1.bias[:, None]
         hidden = self.dropout(F.gelu(hidden, approximate=self.approximate))
         return self.dropout(torch.matmul(hidden, self.fc2.weight.transpose(1, 2)) + self.fc2.bias[:, None])
+
+    def _streamed(self, rows: Tensor, stream: ExpertStream) -> Tensor:
+        out = torch.empty_like(rows)
+        for expert, first, second in stream.run([rows.shape[1]] * len(rows), rows):
+            hidden = torch.matmul(rows[expert], first.to(rows.dtype).t()) + self.fc1.bias[expert].to(rows.dtype)
+            hidden = F.gelu(hidden, approximate=self.approximate)
+            out[expert] = torch.matmul(hidden, second.to(rows.dtype).t()) + self.fc2.bias[expert].to(rows.dtype)
+        return out

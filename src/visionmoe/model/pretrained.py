@@ -159,7 +159,9 @@ def open_pretrained_weights(directory: str | os.PathLike) -> PretrainedWeights:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: no model was saved there")
     try:
-        with safe_open(path, "pt"):  # checks the header, and that offsets and the file's size agree
+        # Checks the header, and that offsets and the file's size agree. "np": for "pt" it maps the file writable, which
+        # the system refuses for one that is larger than the memory.
+        with safe_open(path, "np"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
