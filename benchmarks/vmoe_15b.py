@@ -111,8 +111,6 @@ def measure(arguments: argparse.Namespace) -> None:
     model = load_streamed(arguments.dir, device=device, read_ahead=arguments.read_ahead)
     if arguments.resident:
         model.to(device)
-        for layer in model.moe_layers:
-            model.moe_layer(layer).experts.to(device)
     memory = Memory()
     loaded = {
         "parameters": sum(p.numel() for p in model.parameters()),

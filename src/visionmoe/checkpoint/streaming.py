@@ -31,7 +31,8 @@ def load_streamed(
     path_or_name: a directory that `save_pretrained` wrote, or "hf-hub:USER/NAME". dtype: of the computation and of the
     parameters in memory (None: that of the stored experts); experts stored in another dtype are converted one by one.
     device: where the model computes; on CUDA the experts are copied there one by one, through pinned memory.
-    read_ahead: bytes of experts that may be in memory at once, one expert at least. new_head, overrides: as `visionmoe.load`.
+    read_ahead: bytes of experts that may be in memory at once, one expert at least. new_head, overrides: as in
+    `visionmoe.load`.
     """
     source = open_source(path_or_name, None, cache_dir)
     if not isinstance(source, DirectorySource):

@@ -4,13 +4,15 @@ The weights are tensors in the mapped file, so a page that nobody read ahead is 
 decides when the disk works and how much is resident, never what comes out. Linux; elsewhere pages are only touched.
 """
 
+import contextlib
 import mmap
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,9 +59,10 @@ class MappedFile:
 
     def __init__(self, weights: PretrainedWeights) -> None:
         self._weights = weights
-        self._file = open(weights.path, "rb")  # noqa: SIM115  as long as the map
+        self._file = os.open(weights.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
         flags = mmap.MAP_PRIVATE | _RESERVE_NOTHING
-        self._map = mmap.mmap(self._file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._map = mmap.mmap(self._file, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self._bytes = np.frombuffer(self._map, np.uint8)
 
     def tensor(self, name: str) -> Tensor:
@@ -77,8 +80,9 @@ class MappedFile:
     def read(self, span: Span) -> None:
         """Returns when the bytes are resident. Does not hold the interpreter's lock meanwhile."""
         if hasattr(os, "posix_fadvise"):
-            for start in range(span.start, span.stop, _REQUEST):
-                os.posix_fadvise(self._file.fileno(), start, min(_REQUEST, span.stop - start), os.POSIX_FADV_WILLNEED)
+            with contextlib.suppress(OSError):  # a file system may not know it: then touching reads the pages
+                for at in range(span.start, span.stop, _REQUEST):
+                    os.posix_fadvise(self._file, at, min(_REQUEST, span.stop - at), os.POSIX_FADV_WILLNEED)
         self._bytes[span.start : span.stop : mmap.PAGESIZE].max(initial=0)
 
     def drop(self, span: Span) -> None:
@@ -94,9 +98,9 @@ class ReadAhead:
     def __init__(self, file: MappedFile, budget: int = READ_AHEAD) -> None:
         self.traffic = Traffic()
         self._file, self._budget = file, budget
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="experts")
+        self._pool = futures.ThreadPoolExecutor(READERS, thread_name_prefix="experts")
         self._spans: dict[Key, tuple[Span, ...]] = {}
-        self._under_way: dict[Key, Future[None]] = {}
+        self._under_way: dict[Key, futures.Future[None]] = {}
         self._resident = 0
         self._lock = threading.Lock()
 
@@ -116,16 +120,17 @@ class ReadAhead:
 
     def keep_only(self, wanted: Iterable[Key]) -> None:
         """Drops what was read ahead and is not wanted."""
-        kept = set(wanted)
-        for key in [key for key in list(self._under_way) if key not in kept]:
+        began = time.perf_counter()
+        for key in set(self._under_way) - set(wanted):
             self.traffic.unused += self.drop(key)
+        self.traffic.waited += time.perf_counter() - began
 
     def wait(self, key: Key) -> None:
         """Returns when the expert is resident."""
         began = time.perf_counter()
         reading = self._under_way.get(key)
         if reading is not None:
-            reading.result()
+            futures.wait([reading])
         self.traffic.waited += time.perf_counter() - began
 
     def drop(self, key: Key) -> bool:
@@ -137,7 +142,7 @@ class ReadAhead:
             self._resident -= self._size(key)
         was_read = not reading.cancel()
         if was_read:
-            reading.result()
+            futures.wait([reading])
             for span in self._spans[key]:
                 self._file.drop(span)
         return was_read
