@@ -370,7 +370,7 @@ def test_info(model: str, parameters: int, per_token: int, tmp_path: Path, capsy
     out = capsys.readouterr().out
     assert f"{parameters:,}" in out
     if per_token < parameters:  # 2 bytes * 284,946,664, and * (284,946,664 - 48*4,722,432)
-        assert "0.57 GB, 0.12 GB without experts" in out
+        assert "0.57 GB, 0.12 GB without the experts" in out
 
 
 def test_info_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -78,9 +78,8 @@ def lines(config: ModelConfig, facts: dict[str, Any]) -> list[str]:
         return out
     out.insert(1, f"  per token        {facts['parameters_per_token']:,} parameters")
     others = facts["parameters"] - facts["parameters_of_experts"]
-    out.insert(
-        2, f"  in bfloat16      {2 * facts['parameters'] / 1e9:.2f} GB, {2 * others / 1e9:.2f} GB without the experts"
-    )
+    size, without = 2e-9 * facts["parameters"], 2e-9 * others
+    out.insert(2, f"  in bfloat16      {size:.2f} GB, {without:.2f} GB without the experts")
     out.append(f"  experts          {moe.num_experts} in blocks {', '.join(map(str, sorted(moe.layers)))}")
     if moe.router != "top_k":
         return [*out, f"  routing          {moe.router}, capacity factor {moe.capacity_factor:g}"]
