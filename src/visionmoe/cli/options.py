@@ -125,6 +125,9 @@ class Evaluate(ModelOnImages):
     """Batch-priority routing in the place of the model's own order."""
     image_size: Integer = None
     """Pixels, in the place of the model's own size; position embeddings are resized."""
+    stream: bool = False
+    """Leave the experts in model.safetensors and read them when tokens need them: for models larger than the memory.
+    The model computes in the dtype in which its experts are stored."""
     out: Path = Path("out/evaluate")
     """Where results.json goes."""
 
