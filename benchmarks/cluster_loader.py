@@ -30,7 +30,7 @@ from image_pipeline import photograph
 
 import visionmoe.data.parquet
 from visionmoe.data import DataConfig, Source, TrainLoader, open_source
-from visionmoe.data.order import Pieces, epoch_order
+from visionmoe.data.order import PHASES, Pieces, epoch_order
 from visionmoe.data.tarindex import index_shard
 from visionmoe.evaluate.timing import device_name
 from visionmoe.files import write_json
@@ -127,10 +127,10 @@ def measure(
 
 
 def rate(source: Source, config: DataConfig, workers: int, batches: int, start: int) -> float:
-    """Images per second, after what workers prepare ahead has been taken."""
+    """Images per second, once every lane has its first row group and what workers prepare ahead has been taken."""
     loader = TrainLoader(DataConfig(**{**vars(config), "workers": workers}), 0, start, source=source)
     found = iter(loader)
-    for _ in range(2 * workers + 2):
+    for _ in range(2 * workers + PHASES):
         next(found)
     begin = time.perf_counter()
     for _ in range(batches):

@@ -313,6 +313,17 @@ def test_tune(budget: list[str], trained: Path, tmp_path: Path, capsys: pytest.C
         assert again["evaluations"]["reused"] >= 3
 
 
+def test_evaluate_with_streamed_experts(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for folder, stream in (("a", []), ("b", ["--stream"])):
+        arguments = ["--split", "test[:50]", "--capacity-factor", "0.7", "--out", str(tmp_path / folder)]
+        assert main(["evaluate", str(trained), *arguments, *stream]) == 0
+    usual, streamed = (results(tmp_path / folder) for folder in ("a", "b"))
+    for name in ("top1", "top5", "loss", "dropped", "per_class_accuracy"):
+        assert usual[name] == streamed[name], name
+    assert main(["evaluate", str(trained), "--stream", "--config", "x.json", "--out", str(tmp_path / "c")]) == 2
+    assert "leave --config out" in capsys.readouterr().err
+
+
 def test_evaluate_at_another_setting(trained: Path, tmp_path: Path):
     changes = ["--num-selected-experts", "1", "--capacity-factor", "0.5", "--batch-priority", "True"]
     arguments = [*changes, "--bf16", "--split", "test[:50]", "--image-size", "35", "--out", str(tmp_path)]
@@ -356,7 +367,10 @@ def test_info(model: str, parameters: int, per_token: int, tmp_path: Path, capsy
     assert main(["info", model, "--out", str(tmp_path)]) == 0
     facts = results(tmp_path)
     assert (facts["parameters"], facts["parameters_per_token"]) == (parameters, per_token)
-    assert f"{parameters:,}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{parameters:,}" in out
+    if per_token < parameters:  # 2 bytes * 284,946,664, and * (284,946,664 - 48*4,722,432)
+        assert "0.57 GB, 0.12 GB without the experts" in out
 
 
 def test_info_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

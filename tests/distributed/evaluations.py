@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from visionmoe.config import RoutingSetting
 from visionmoe.data import DataConfig, EvalLoader
 from visionmoe.data.decode import BrokenImageError
 from visionmoe.data.sources import ArraySource
+from visionmoe.distributed.layout import Layout
 from visionmoe.distributed.world import current, from_first, joined, requested
 from visionmoe.evaluate.calibrated import CalibratedEvaluator
 from visionmoe.evaluate.classify import ClassificationEvaluator
 from visionmoe.evaluate.features import FeatureCache, extract
 from visionmoe.evaluate.fewshot import FewShotData, FewShotEvaluator
+from visionmoe.train.parallel import Parallel
 
 CONFIG = vm.ModelConfig(
     image_size=8, patch_size=4, in_channels=1, num_classes=3, hidden_size=16, num_layers=3, mlp_dim=16, num_heads=2,
@@ -36,6 +39,8 @@ CONFIG = vm.ModelConfig(
 )  # fmt: skip
 BATCH = 8
 BROKEN = {3, *range(16, 24), 50}  # one of batch 0, all of batch 2, one of the last batch
+FSDP = {2: "fsdp=2", 4: "dp=2,fsdp=2"}
+EP = {2: "ep=2", 4: "fsdp=2,ep=2"}
 LONG, FEW = 91, {3, 20, 90}  # twelve batches, so that each of four processes has three
 
 
@@ -66,14 +71,11 @@ def model(**changes: Any) -> vm.VisionTransformer:
     return made.eval()
 
 
-def spread(made: vm.VisionTransformer) -> vm.VisionTransformer:
-    """In a job its parameters are shared out, so that every call of it is collective."""
+def spread(made: vm.VisionTransformer, layouts: Mapping[int, str] = FSDP) -> vm.VisionTransformer:
+    """In a job its parameters are shared out, so that every call of it is collective. layouts: by processes."""
     if current().size > 1:
-        from torch.distributed.fsdp import fully_shard
-
-        for block in made.blocks:
-            fully_shard(block)
-        fully_shard(made)
+        layout = Layout.parse(layouts[current().size], current().size)
+        Parallel(layout, current()).spread(made, torch.device("cpu"))
     return made
 
 
@@ -85,8 +87,10 @@ def results(folder: Path) -> dict[str, Any]:
         "list of batches": classified(model(), list(loader(30))),
         "spread": classified(spread(model()), loader(51, BROKEN)),
         "spread, one batch": classified(spread(model(group_size=10)), loader(5)),
+        "experts split": classified(spread(model(), EP), loader(51, BROKEN)),
         "features": features(extract(model(), loader(51, BROKEN))),
         "features of spread": features(extract(spread(model()), loader(51))),
+        "features of split": extract(spread(model(), EP), loader(33)).x.tolist(),
         "cache": cached(folder),
         "few-shot": few_shot(),
         "calibrated": CalibratedEvaluator(loader(51, BROKEN), keep_images=True)(model()),

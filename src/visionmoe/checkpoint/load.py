@@ -35,6 +35,16 @@ def load(
     representation_size=None drops the layer before the head. Options that change other shapes are ValueErrors.
     """
     source = open_source(path_or_name, config, cache_dir)
+    model, fresh = empty_model(source, new_head, overrides)
+    state = {name: empty_tensor(t.shape) for name, t in model.state_dict().items()}
+    fill(state, source, model.config, fresh)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def empty_model(source: Source, new_head: bool, overrides: Mapping[str, Any]) -> tuple[VisionTransformer, set[str]]:
+    """The model of a source with `load`'s overrides, on the meta device, and its layers that stored parameters do not
+    fill. ValueError where they do not fit."""
     final = source.config.replace(**overrides)
     fresh = _fresh(source.config, final, new_head)
     source.check(fresh)
@@ -43,10 +53,7 @@ def load(
     model.class_names = None if "head" in fresh else source.class_names
     if (final.image_hw, final.in_channels) == (source.config.image_hw, source.config.in_channels):
         model.preprocessing = source.preprocessing
-    state = {name: empty_tensor(t.shape) for name, t in model.state_dict().items()}
-    _fill(state, source, final, fresh)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    return model, fresh
 
 
 def _fresh(stored: ModelConfig, final: ModelConfig, new_head: bool) -> set[str]:
@@ -71,7 +78,8 @@ def _misfits(stored: ModelConfig, final: ModelConfig, fresh: set[str]) -> list[s
     return compare(kept, wanted)
 
 
-def _fill(state: Mapping[str, Tensor], source: Source, final: ModelConfig, fresh: set[str]) -> None:
+def fill(state: Mapping[str, Tensor], source: Source, final: ModelConfig, fresh: set[str]) -> None:
+    """Gives these parameters of the model `final` their stored values, resized positions, or those of a new head."""
     stored = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in fresh}
     if "pos_embed" in stored and source.config.grid != final.grid:
         old = torch.empty(our_shapes(source.config)["pos_embed"])
@@ -79,6 +87,6 @@ def _fill(state: Mapping[str, Tensor], source: Source, final: ModelConfig, fresh
         resized = resize_pos_embed(old, final.num_tokens, old_grid=source.config.grid, new_grid=final.grid)
         stored.pop("pos_embed").copy_(resized)
     source.fill(stored)
-    if "head" in fresh and final.num_classes is not None:
+    if "head" in fresh and "head.weight" in state:
         state["head.weight"].zero_()
         state["head.bias"].fill_(final.head_bias_init)

@@ -67,33 +67,33 @@ class DirectorySource:
         stored = read_pretrained_config(directory)
         self.config, self.preprocessing = stored.model, stored.preprocessing or Preprocessing.of(stored.model)
         self.class_names = stored.class_names
-        self._weights = open_pretrained_weights(directory)
+        self.weights = open_pretrained_weights(directory)
 
     def check(self, left_out: Iterable[str]) -> None:
         ignored = set(left_out)
         shapes, wanted = (
             {n: s for n, s in shapes.items() if n.split(".")[0] not in ignored}
-            for shapes in (self._weights.shapes, our_shapes(self.config))
+            for shapes in (self.weights.shapes, our_shapes(self.config))
         )
-        complain(str(self._weights.path), compare(shapes, wanted))
+        complain(str(self.weights.path), compare(shapes, wanted))
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._weights.tensors[name].dtype
+        return self.weights.tensors[name].dtype
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
-        self._weights.read_into(state)
+        self.weights.read_into(state)
 
     def read_box(self, name: str, box: Box, target: Tensor) -> None:
         """Fills `target`, of the box's shape, with a part of a parameter; only this part is read."""
-        self._weights.read_box(name, box, target)
+        self.weights.read_box(name, box, target)
 
     def mapped(self) -> dict[str, Tensor]:
         """All parameters in the file's own memory (mapped, private), of which the system keeps what it has room for."""
-        size = self._weights.path.stat().st_size
-        memory = torch.from_file(str(self._weights.path), shared=False, size=size, dtype=torch.uint8)
+        size = self.weights.path.stat().st_size
+        memory = torch.from_file(str(self.weights.path), shared=False, size=size, dtype=torch.uint8)
         return {
             name: memory[stored.offset : stored.offset + stored.nbytes].view(stored.dtype).view(stored.shape)
-            for name, stored in self._weights.tensors.items()
+            for name, stored in self.weights.tensors.items()
         }
 
 

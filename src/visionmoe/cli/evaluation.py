@@ -13,7 +13,7 @@ from visionmoe.model.flops import count_flops
 
 def run(options: Evaluate) -> None:
     out = output_folder(options.out)
-    model = load_model(options.path, options.config, options.device, options.image_size)
+    model = load_model(options.path, options.config, options.device, options.image_size, stream=options.stream)
     changes = (options.num_selected_experts, options.capacity_factor, options.batch_priority)
     if any(change is not None for change in changes):
         model.set_routing(*changes)

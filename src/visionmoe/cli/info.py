@@ -56,6 +56,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     return {
         "parameters": total,
         "parameters_per_token": active,
+        "parameters_of_experts": sum(experts.values()),
         "flops_per_image": count_flops(model),
         "tokens_per_image": config.num_tokens,
     }
@@ -76,6 +77,9 @@ def lines(config: ModelConfig, facts: dict[str, Any]) -> list[str]:
     if not moe.layers:
         return out
     out.insert(1, f"  per token        {facts['parameters_per_token']:,} parameters")
+    others = facts["parameters"] - facts["parameters_of_experts"]
+    size, without = 2e-9 * facts["parameters"], 2e-9 * others
+    out.insert(2, f"  in bfloat16      {size:.2f} GB, {without:.2f} GB without the experts")
     out.append(f"  experts          {moe.num_experts} in blocks {', '.join(map(str, sorted(moe.layers)))}")
     if moe.router != "top_k":
         return [*out, f"  routing          {moe.router}, capacity factor {moe.capacity_factor:g}"]

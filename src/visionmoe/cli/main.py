@@ -23,6 +23,7 @@ COMMANDS = {
     "tune": (options.Tune, "visionmoe.cli.tune"),
     "convert": (options.Convert, "visionmoe.cli.convert"),
     "info": (options.Info, "visionmoe.cli.info"),
+    "plan": (options.Plan, "visionmoe.cli.plan"),
     "upcycle": (options.Upcycle, "visionmoe.cli.upcycle"),
     "bench": (options.Bench, "visionmoe.cli.bench"),
 }

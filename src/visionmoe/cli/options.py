@@ -125,6 +125,9 @@ class Evaluate(ModelOnImages):
     """Batch-priority routing in the place of the model's own order."""
     image_size: Integer = None
     """Pixels, in the place of the model's own size; position embeddings are resized."""
+    stream: bool = False
+    """Leave the experts in model.safetensors and read them when tokens need them: for models larger than the memory.
+    The model computes in the dtype in which its experts are stored."""
     out: Path = Path("out/evaluate")
     """Where results.json goes."""
 
@@ -307,3 +310,49 @@ class Bench:
     """cpu, cuda, ... Default: cpu."""
     out: Path = Path("out/bench")
     """Where results.json and the pictures go; started again, what was measured is not measured again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model needs on given devices: memory, operations, traffic, time, and which layout fits."""
+
+    model: str
+    """A model name (vmoe_15b), a config.json, a folder that save_pretrained wrote, or a run."""
+    devices: int = 1
+    """How many."""
+    memory: str = "80GB"
+    """Of one device: 80GB, 80GiB, 500MB, ..."""
+    batch_size: Integer = None
+    """Images of one step over all devices. Default: 32 per device."""
+    accumulation: int = 1
+    """Parts in which each device runs its images of a training step."""
+    mode: Literal["train", "inference"] = "train"
+    """A training step, or one call without gradients."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the products in training (parameters are float32), of everything in inference."""
+    optimizer: Literal["adam", "sgd", "adafactor"] | None = None
+    """As in training; sgd has momentum 0.9. Default: adam, for vmoe_15b adafactor, as in the recipes."""
+    momentum_dtype: Literal["float32", "bfloat16"] | None = None
+    """In which the optimizer keeps its momentum (Adam: the first moment). Default: float32, adafactor bfloat16."""
+    layout: Text = None
+    """dp=2,fsdp=1,ep=4: replicas, shards of the parameters, parts of the experts. Default: all that there are."""
+    image_size: Integer = None
+    """Pixels, in the place of the model's own size."""
+    num_classes: Integer = None
+    """Classes, in the place of the model's own number."""
+    num_experts: Integer = None
+    """Experts per layer, in the place of the model's own."""
+    num_selected_experts: Integer = None
+    """Experts per token (K), in the place of the model's own."""
+    capacity_factor: Number = None
+    """Capacity factor, in the place of the model's own."""
+    device: Literal["h100", "a100", "cpu"] = "h100"
+    """Whose rates are taken (data sheets), and whether the experts run as on a GPU or as on a CPU."""
+    flops_rate: Number = None
+    """TFLOP/s of one device, in the place of the data sheet's."""
+    bandwidth: Number = None
+    """GB/s of a device's memory, in the place of the data sheet's."""
+    link_bandwidth: Number = None
+    """GB/s that a device sends to others, in the place of the data sheet's."""
+    out: Path = Path("out/plan")
+    """Where results.json and plan.png go."""

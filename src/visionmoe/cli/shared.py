@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from visionmoe.checkpoint.load import load
+from visionmoe.checkpoint.streaming import load_streamed
 from visionmoe.cli.options import ModelOnImages
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
@@ -46,11 +47,20 @@ def model_folder(path: str) -> str:
     return path
 
 
-def load_model(path: str, config: Path | None, device: str | None, image_size: int | None = None) -> VisionTransformer:
-    """The trained model in evaluation mode on the device (None: a GPU where there is one)."""
+def load_model(
+    path: str, config: Path | None, device: str | None, image_size: int | None = None, *, stream: bool = False
+) -> VisionTransformer:
+    """The trained model in evaluation mode on the device (None: a GPU where there is one).
+
+    stream: its experts stay in the file, see `visionmoe.checkpoint.streaming`.
+    """
     chosen = own_device(choose_device(device))
     overrides: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
     place = model_folder(path)
+    if stream:
+        if config is not None:
+            raise ValueError("--stream reads a folder, which has a config of its own: leave --config out")
+        return load_streamed(place, device=chosen, **overrides)
     with first_before_others(when=not any(Path(name).exists() for name in (place, f"{place}.index"))):
         return load(place, config, **overrides).to(chosen)
 

@@ -70,7 +70,7 @@ def joined() -> Iterator[World]:
 
     In a process that has joined already, or was not started by torchrun, it changes nothing. Errors of communication
     become LostRankErrors. The first rank that fails by a user's mistake or a lost rank raises it; the others that
-    follow end with SystemExit, so that one line is printed, not one per rank.
+    follow end with SystemExit and its exit code, so that one line is printed, not one per rank.
     """
     if dist.is_initialized() or requested().size == 1:
         yield current()
@@ -86,7 +86,8 @@ def joined() -> Iterator[World]:
             yield current()
     except (ValueError, OSError, ModuleNotFoundError, LostRankError) as error:
         if store.add("visionmoe/failed", 1) > 1:
-            raise SystemExit(1 if isinstance(error, LostRankError) else 2) from error
+            raise SystemExit(int(store.get("visionmoe/exit_code"))) from error
+        store.set("visionmoe/exit_code", "1" if isinstance(error, LostRankError) else "2")
         raise
     finally:
         dist.destroy_process_group()

@@ -20,7 +20,7 @@ def run_segments(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """Weighted sum of each token's kept experts; 0 for a token with none. (N, D) -> (N, D), N = G*S."""
     kept = Kept.of(routing)
     weights = routing.combine_weights.reshape(-1).index_select(0, kept.request)
-    if not torch.is_grad_enabled():
+    if experts.stream is not None or not torch.is_grad_enabled():
         return infer_segments(tokens, weights, kept, experts)
     for linear in (experts.fc1, experts.fc2):
         linear.packed.release()

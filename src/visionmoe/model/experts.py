@@ -1,5 +1,8 @@
 """The experts of one MoE layer: E MLPs of the same shape, their weights stacked on axis 0."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 from visionmoe.distributed.exchange import ExpertExchange
 from visionmoe.distributed.tensors import local
 from visionmoe.model.packed import PackedWeights
+from visionmoe.model.streaming import ExpertStream
 
 
 class ExpertLinear(nn.Module):
@@ -34,6 +38,7 @@ class Experts(nn.Module):
 
     approximate: "tanh" or "none", the forms of GELU as torch names them.
     exchange: set where the experts are split over processes; the parameters are then DTensors.
+    stream: of the weights where these stay in a file (`visionmoe.checkpoint.streaming`), None where they do not.
     """
 
     def __init__(
@@ -51,6 +56,14 @@ class Experts(nn.Module):
         self.fc2 = ExpertLinear(num_experts, mlp_dim, hidden_size)
         self.dropout = nn.Dropout(dropout_rate)
         self.exchange: ExpertExchange | None = None
+        self.stream: ExpertStream | None = None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """As torch's (`to`, `float`, ...); weights that have become others are in memory, and no longer streamed."""
+        super()._apply(fn, recurse)
+        if self.stream is not None and not self.stream.serves(self.fc1.weight, self.fc2.weight):
+            self.stream = None
+        return self
 
     def reset_parameters(self, split_rngs: bool) -> None:
         self.fc1.reset_parameters(split_rngs)
@@ -60,6 +73,8 @@ class Experts(nn.Module):
         """Every expert on its own N rows. (E, N, D) -> (E, N, D)."""
         if self.exchange is not None:
             return self.exchange(rows, self._run, equal=self.training)
+        if self.stream is not None:
+            return self._streamed(rows, self.stream)
         return self._run(rows, slice(None))
 
     def _run(self, rows: Tensor, own: slice) -> Tensor:
@@ -70,3 +85,11 @@ class Experts(nn.Module):
         hidden = torch.matmul(rows, weight1.transpose(1, 2)) + bias1[:, None]
         hidden = self.dropout(F.gelu(hidden, approximate=self.approximate))
         return self.dropout(torch.matmul(hidden, weight2.transpose(1, 2)) + bias2[:, None])
+
+    def _streamed(self, rows: Tensor, stream: ExpertStream) -> Tensor:
+        out = torch.empty_like(rows)
+        for expert, first, second in stream.run([rows.shape[1]] * len(rows), rows):
+            hidden = torch.matmul(rows[expert], first.to(rows.dtype).t()) + self.fc1.bias[expert].to(rows.dtype)
+            hidden = F.gelu(hidden, approximate=self.approximate)
+            out[expert] = torch.matmul(hidden, second.to(rows.dtype).t()) + self.fc2.bias[expert].to(rows.dtype)
+        return out

@@ -1,6 +1,6 @@
 """Experts on segments without a backward pass: one gather, the experts' products, one pass that combines the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,27 @@ def infer_segments(tokens: Tensor, weights: Tensor, kept: Kept, experts: nn.Modu
         return torch.zeros_like(tokens)
     fc1: Any = experts.fc1
     fc2: Any = experts.fc2
-    first, second = fc1.packed.of(fc1.weight, tokens), fc2.packed.of(fc2.weight, tokens)
     bias1, bias2 = fc1.bias.to(tokens.dtype), fc2.bias.to(tokens.dtype)
-    sizes = [_filled(count, tokens, fc1.weight, first[0].is_mkldnn) for count in kept.counts]
+    packed, weights_of = _weights(tokens, kept, experts)
+    sizes = [_filled(count, tokens, fc1.weight, packed) for count in kept.counts]
     parts, position = gather_rows(tokens, kept, sizes)
     results = []
-    for expert, rows in enumerate(parts):
-        if len(rows):
-            hidden = linear(rows, first[expert], bias1[expert], experts.approximate)  # type: ignore[arg-type]
-            results.append(linear(hidden, second[expert], bias2[expert]))
+    for expert, first, second in weights_of:
+        hidden = linear(parts[expert], first, bias1[expert], experts.approximate)  # type: ignore[arg-type]
+        results.append(linear(hidden, second, bias2[expert]))
     return combine_rows(torch.cat(results), position, weights, kept.token, len(tokens))
+
+
+def _weights(tokens: Tensor, kept: Kept, experts: nn.Module) -> tuple[bool, Iterator[tuple[int, Tensor, Tensor]]]:
+    """Whether the weights are packed, and (expert, fc1, fc2) of the experts that have requests, in their order."""
+    stream: Any = experts.stream
+    if stream is not None:
+        return False, stream.run(kept.counts, tokens)
+    fc1: Any = experts.fc1
+    fc2: Any = experts.fc2
+    first, second = fc1.packed.of(fc1.weight, tokens), fc2.packed.of(fc2.weight, tokens)
+    own = ((expert, first[expert], second[expert]) for expert, count in enumerate(kept.counts) if count)
+    return first[0].is_mkldnn, own
 
 
 def _filled(count: int, tokens: Tensor, weight: Tensor, packed: bool) -> int:

@@ -39,7 +39,8 @@ class MoE(nn.Module):
     setting: the routing in force, changed by `VisionTransformer.set_routing`.
     dispatch: "segments", "buffers", "grouped", "triton" (see `visionmoe.model.dispatch`), or "auto": segments on a CPU,
     buffers there under torch.compile; on a GPU the Triton kernels, else torch's grouped product, else buffers, as
-    `gpu.choice` finds them. Experts that drop out, or are split over processes, run on buffers.
+    `gpu.choice` finds them. Experts that drop out, or are split over processes, run on buffers, those that are
+    streamed from a file on segments.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class MoE(nn.Module):
         return MoEOutput(from_groups(out, x.shape[1], self.config.ensemble_size), auxiliary_loss, metrics)
 
     def _way(self, tokens: Tensor) -> Dispatch:
+        if self.experts.stream is not None:
+            return "segments"
         if self.experts.exchange is not None or (self.training and self.config.expert_dropout_rate):
             return "buffers"
         if self.dispatch == "auto":

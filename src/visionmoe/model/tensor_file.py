@@ -67,7 +67,9 @@ def open_tensor_file(path: str | os.PathLike) -> TensorFile:
     """Reads the header; ValueError naming the file when it is cut or not a safetensors file."""
     path = Path(path)
     try:
-        with safe_open(path, "pt") as opened:  # checks the header, and that offsets and the file's size agree
+        # Checks the header, and that offsets and the file's size agree. "np": for "pt" it maps the file writable, which
+        # the system refuses for one that is larger than the memory.
+        with safe_open(path, "np") as opened:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a valid safetensors file: {error}") from None

@@ -1,0 +1,1 @@
+"""What a model needs on given devices, before it is run: memory, operations, traffic and time, by arithmetic alone."""

@@ -1,0 +1,86 @@
+"""The widest moment of a forward pass without gradients, in bytes; kept is only what some frame still names."""
+
+from visionmoe.config import ModelConfig
+from visionmoe.model import packed
+from visionmoe.plan.layout import Layout
+from visionmoe.plan.work import Routed, Work, routed
+
+FLOAT, INDEX = 4, 8
+
+
+def widest_moment(work: Work, layout: Layout) -> tuple[str, int]:
+    """(name, bytes beside the parameters): images, activations at that moment, and packed copies of weights."""
+    config, images, c = work.config, work.images(layout.devices), work.compute_bytes
+    height, width = config.image_hw
+    pixels = c * images * config.in_channels * height * width
+    moments = {"patch_embed": 3 * c * images * config.num_tokens * config.hidden_size}
+    copies = 1
+    for layer in range(config.num_layers):
+        sparse = layer in config.moe.layers
+        if sparse and layer == min(config.moe.layers):
+            copies = config.ensemble_size
+        tokens = images * copies * config.num_tokens
+        row = c * tokens * config.hidden_size
+        block = f"blocks.{layer}"
+        # the block's input, the norm's output, q, k and v, the attention's output, the projection's
+        moments[f"{block}.attn"] = 7 * row + (2 * row if config.attention_qk_norm else 0)
+        if sparse:
+            moments[f"{block}.mlp.experts"] = _sparse(work, layout, tokens, routed(config, layer, images))
+        else:
+            moments[f"{block}.mlp"] = _mlp(work, tokens)
+    moment = max(moments, key=lambda name: moments[name])
+    return moment, pixels + moments[moment] + _packed(config, work)
+
+
+def _mlp(work: Work, tokens: int) -> int:
+    """The block's input and sum, the norm's output, and the hidden values: twice, but where oneDNN has GELU inside."""
+    c, dim, width = work.compute_bytes, work.config.hidden_size, work.config.mlp_dim
+    fused = _fused(work, tokens)
+    first = 3 * dim + (1 if fused else 2) * width
+    return c * tokens * max(first, 4 * dim + width)
+
+
+def _sparse(work: Work, layout: Layout, tokens: int, rows: Routed) -> int:
+    """`model.inference.infer_segments`: input, sum, norm's output; the gathered rows, the results one by one and in
+    one, and the combined tokens. On a GPU the hidden values and results of all places; with ep > 1 both buffers."""
+    c, dim, width = work.compute_bytes, work.config.hidden_size, work.config.mlp_dim
+    row = c * tokens * dim
+    before = 3 * row
+    indices = INDEX * rows.kept * 6
+    if work.config.moe.router == "soft" or layout.ep > 1:
+        wide, hidden = c * rows.places * dim, c * rows.places * width
+        return before + max(wide + 2 * hidden, hidden + 2 * wide, 2 * wide + row + wide) + INDEX * rows.places
+    if work.gpu:
+        return before + row + c * rows.places * (dim + width) + INDEX * rows.places
+    hidden = c * rows.largest * width * (1 if _fused(work, rows.largest) else 2)
+    gathered = c * rows.kept * dim
+    router = FLOAT * tokens * (dim if c < FLOAT else 0) + 4 * FLOAT * tokens * work.config.moe.num_experts
+    return max(before + router, before + indices + max(2 * gathered + hidden, 3 * gathered + row))
+
+
+def _fused(work: Work, rows: int) -> bool:
+    """As `packed.uses_onednn` chooses on a CPU."""
+    if work.gpu or not packed.available():
+        return False
+    large = rows * work.config.hidden_size * work.config.mlp_dim >= packed.FUSED_PRODUCT
+    return work.compute_bytes < FLOAT or large
+
+
+def _packed(config: ModelConfig, work: Work) -> int:
+    """Copies of weights in oneDNN's layout, which `packed.PackedWeights` keeps on a CPU: all matrices in bfloat16, and
+    the larger ones in float32 where MKL is slow; no stack of more than MAX_PACKED_BYTES."""
+    c = work.compute_bytes
+    if work.gpu or not packed.available() or (c == FLOAT and not packed.mkl_is_slow()):
+        return 0
+    dim, width, sparse = config.hidden_size, config.mlp_dim, len(config.moe.layers)
+    stacks = [
+        (3 * dim * dim, 1, config.num_layers),
+        (dim * dim, 1, config.num_layers),
+        (dim * width, 1, 2 * (config.num_layers - sparse)),
+        (dim * width, config.moe.num_experts, 2 * sparse),
+    ]
+    return sum(
+        c * size * count * times
+        for size, count, times in stacks
+        if c * size * count <= packed.MAX_PACKED_BYTES and (c < FLOAT or size >= packed.PACKED_SIZE)
+    )

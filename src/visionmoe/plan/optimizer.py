@@ -1,0 +1,85 @@
+"""What an optimizer holds between steps and during one, in bytes; from `visionmoe.train.scaling`."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from visionmoe.config import ModelConfig
+from visionmoe.model.skeleton import skeleton
+from visionmoe.model.vit import create_model
+from visionmoe.plan.work import Work
+from visionmoe.train.scaling import DTYPES, SGD, Adafactor, Adam, Scaling, create_scaling
+
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Held:
+    """Values of the parameters, and bytes of the optimizer's state and of its temporary values, of the dense
+    parameters and of the experts, before they are dealt out to devices."""
+
+    dense: int
+    experts: int
+    dense_state: int = 0
+    expert_state: int = 0
+    working_bytes_per_value: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return self.dense + self.experts
+
+
+def held(work: Work) -> Held:
+    """ValueError for an unknown optimizer, option or value."""
+    named = parameters(work.config)
+    if not work.training:
+        return Held(**_sums({name: p.numel() for name, p in named.items()}))
+    scaling = create_scaling(work.optimizer, named, work.options)
+    state = _sums({name: _state(scaling, p) for name, p in named.items()})
+    return Held(
+        **_sums({name: p.numel() for name, p in named.items()}),
+        dense_state=state["dense"],
+        expert_state=state["experts"],
+        working_bytes_per_value=_working(scaling),
+    )
+
+
+def parameters(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """All parameters by name, without memory."""
+    return dict(skeleton(create_model, config).named_parameters())
+
+
+def _sums(by_name: dict[str, int]) -> dict[str, int]:
+    experts = sum(n for name, n in by_name.items() if ".experts." in name)
+    return {"dense": sum(by_name.values()) - experts, "experts": experts}
+
+
+def _state(scaling: Scaling, parameter: torch.Tensor) -> int:
+    """Bytes of one parameter's state."""
+    values = parameter.numel()
+    if isinstance(scaling, Adam):
+        return values * (_size(scaling.mu_dtype) + FLOAT)
+    if isinstance(scaling, SGD):
+        return values * _size(scaling.accumulator_dtype) if scaling.momentum else 0
+    assert isinstance(scaling, Adafactor)
+    plan = scaling.plans[parameter]
+    momentum = values * _size(scaling.momentum_dtype) if scaling.momentum else 0
+    if plan.row is None or plan.column is None:
+        return momentum + FLOAT * values
+    size = math.prod(plan.view)
+    return momentum + FLOAT * (size // plan.view[plan.column] + size // plan.view[plan.row])
+
+
+def _working(scaling: Any) -> int:
+    """Bytes per value that an update holds beside the state: the lists that `Scaling.update` makes of all of them."""
+    if isinstance(scaling, Adam):  # torch's fused kernel makes none; else new first moments, and roots
+        return 0 if scaling.mu_dtype is None and scaling.eps_root == 0.0 else 2 * FLOAT
+    if isinstance(scaling, SGD):  # the new trace; with nesterov the update, too
+        return (FLOAT + (FLOAT if scaling.nesterov else 0)) if scaling.momentum else 0
+    return 2 * FLOAT if scaling.momentum else FLOAT  # the scaled gradients, and their averages
+
+
+def _size(dtype: str | None) -> int:
+    return DTYPES[dtype].itemsize if dtype else FLOAT
