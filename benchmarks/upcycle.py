@@ -28,6 +28,7 @@ from visionmoe.cli.training import train
 from visionmoe.config import MoEConfig
 from visionmoe.files import read_json, write_json
 from visionmoe.model.flops import count_flops
+from visionmoe.model.vit import create_model
 from visionmoe.train.config import ScheduleConfig, TrainConfig
 from visionmoe.train.recipes import get_recipe
 
@@ -65,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--num-selected-experts", type=int, default=1)
     parser.add_argument("--capacity-factor", type=float, default=1.5)
+    parser.add_argument("--router", default="top_k", choices=("top_k", "expert_choice"), help="of the upcycled model")
     parser.add_argument("--noise", type=float, default=0.3)
     parser.add_argument("--normalize-weights", action=argparse.BooleanOptionalAction, default=False)
     return parser.parse_args()
@@ -106,8 +108,14 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
         "seed": seed,
     }
     models = {"dense": Path(start.out) / "model"}
-    models["upcycled"] = own_folder(folder / "upcycled_start", (start, upcycling))
-    upcycle(models["dense"], **upcycling).save_pretrained(models["upcycled"])
+    models["upcycled"] = own_folder(folder / "upcycled_start", (start, upcycling, arguments.router))
+    sparse = upcycle(models["dense"], **upcycling)
+    if arguments.router != "top_k":
+        state, routed = sparse.state_dict(), create_model(sparse.config.replace(router=arguments.router))
+        routed.load_state_dict(state)
+        routed.class_names, routed.preprocessing = sparse.class_names, sparse.preprocessing
+        sparse = routed
+    sparse.save_pretrained(models["upcycled"])
     flops = {name: count_flops(load(path)) for name, path in models.items()}
     steps = {name: round(arguments.more_steps * flops["dense"] / flops[name]) for name in flops}
     for name, path in models.items():

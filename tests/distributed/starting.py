@@ -16,5 +16,5 @@ def start(layout: str | None, case: Case) -> dict[str, torch.Tensor]:
     parallel = Parallel(Layout.parse(layout, current().size), current())
     parallel.spread(model, torch.device("cpu"))
     torch.manual_seed(7)
-    materialise(model, torch.device("cpu"))
+    materialise(model.to_empty(device="cpu"))
     return {name: whole_tensor(p.detach()).clone() for name, p in model.named_parameters()}

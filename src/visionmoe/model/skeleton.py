@@ -25,12 +25,12 @@ def skeleton(make: Callable[..., T], *arguments: Any) -> T:
         return make(*arguments)
 
 
-def materialise(model: "VisionTransformer", device: torch.device) -> None:
-    """Gives a skeleton, of which this process perhaps holds parts only, its first numbers from torch's generator.
+def materialise(model: "VisionTransformer") -> None:
+    """Gives a model with empty parameters, of which this process perhaps holds parts only, their first numbers from
+    torch's generator.
 
     One layer at a time is there as a whole, on the CPU. The numbers are the same whatever the parts and the device.
     """
-    model.to_empty(device=device)
     model.reset_parameters(whole)
 
 

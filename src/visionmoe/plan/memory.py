@@ -46,7 +46,7 @@ def memory(work: Work, layout: Layout, sizes: Held | None = None) -> Memory:
     state = sizes.dense_state // layout.dense_shards + sizes.expert_state // layout.expert_shards
     gradients = FLOAT * (dense + experts)
     steps = operations(work, layout)
-    batch = _batch(work, layout) + _buckets(layout, dense, experts)
+    batch = _batch(work, layout)
     moments = [
         (saved, grads, buffers + batch + _gathered(work, layout), name)
         for saved, grads, buffers, name in _passes(work, layout, steps, gradients)
@@ -81,13 +81,6 @@ def _batch(work: Work, layout: Layout) -> int:
     config, images = work.config, work.images(layout.devices) * work.accumulation
     height, width = config.image_hw
     return images * (FLOAT * config.in_channels * height * width + INDEX + FLOAT * (config.num_classes or 0))
-
-
-def _buckets(layout: Layout, dense: int, experts: int) -> int:
-    """DistributedDataParallel sends gradients in buckets that hold a copy of each (fsdp = 1, several devices)."""
-    if layout.devices == 1 or layout.fsdp > 1:
-        return 0
-    return FLOAT * (dense + (experts if layout.ep == 1 else 0))
 
 
 def _gathered(work: Work, layout: Layout) -> int:

@@ -9,6 +9,7 @@ follow from (seed, step), so the parameters, the optimizer and the step's number
 the CPU with as many threads as before; on a GPU some of torch's sums depend on the order in which threads arrive.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from visionmoe.checkpoint.sharded import AsyncSaver
 from visionmoe.checkpoint.sharded_model import save_pretrained_sharded
+from visionmoe.config import to_dict
 from visionmoe.data.loader import TrainLoader
 from visionmoe.distributed.world import from_first, gather, joined, own_device
 from visionmoe.files import write_json
@@ -68,7 +70,7 @@ def run_training(
         try:
             return trainer.run()
         finally:
-            trainer.log.close()
+            trainer.close()
 
 
 class Trainer:
@@ -158,6 +160,12 @@ class Trainer:
         self._due()
         return True
 
+    def close(self) -> None:
+        """Ends what goes on beside the loop, whatever ended that."""
+        self.log.close()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # a run that ended well has waited before
+            self.saver.wait()
+
     def _agreed_to_stop(self) -> bool:
         """Whether a process of the job was asked to stop; all of them hear of it at the same place."""
         self._stopping = self._stopping or self.parallel.any(bool(self.stop))
@@ -212,18 +220,16 @@ class Trainer:
             self._event(f"{name}: saved {path} and stopped at step {self.progress.step}; resume goes on here")
             return
         self._save()
+        model, class_names = self.parts.model, self.parts.source.class_names
         with self.parts.averaged():
-            preprocessing = Preprocessing.of(self.parts.model.config, self.config.data.eval_resize)
-            save_pretrained_sharded(
-                self.parts.model.state_dict(),
-                self.parts.model.config,
-                Path(self.config.out) / "model",
-                preprocessing,
-                self.parts.source.class_names,
-            )
+            folder = Path(self.config.out) / "model"
+            save_pretrained_sharded(model.state_dict(), model.config, folder, self._preprocessing(), class_names)
         self._evaluate(self.evaluators)
         self.saver.wait()
         self.finished = True
+
+    def _preprocessing(self) -> Preprocessing:
+        return Preprocessing.of(self.parts.model.config, self.config.data.eval_resize)
 
     def _log_train(self) -> None:
         means = self.means.take(self.parallel.mean)
@@ -263,6 +269,10 @@ class Trainer:
         parts, step = self.parts, self.progress.step
         if self._saved != step:
             tensors, values = training_state(parts.model, parts.optimizer, parts.ema, self.progress)
+            values |= {
+                "preprocessing": to_dict(self._preprocessing()),
+                "class_names": list(parts.source.class_names),
+            }
             self.saver.save(self.config.out, step, tensors, values, self.config.keep_last)
             self._saved = step
         if self.parallel.world.size == 1 and parts.device.type == "cpu":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visionmoe.checkpoint.load import load
 from visionmoe.checkpoint.sharded import latest_good_together
+from visionmoe.checkpoint.sharded_model import read_into_sharded
 from visionmoe.checkpoint.sources import open_source as open_checkpoint
 from visionmoe.checkpoint.store import list_checkpoints, remove_newer
 from visionmoe.config import ModelConfig, MoEConfig, check_names, from_dict, to_dict
@@ -85,13 +86,11 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
     config, notes = resolve(config, source)
     _check_folder(config, resume)
     path = latest_good_together(config.out) if resume else None
-    model, empty = _model(config, source.class_names, path, notes)
+    model, fill = _model(config, source.class_names, path, notes)
     parallel.spread(model, device)
-    if path is not None:
+    if fill is not None:
         model.to_empty(device=device)
-    elif empty:
-        seed_everything(config.seed, _INITIALISATION)
-        materialise(model, device)
+        fill(model)
     model.to(device)
     assert config.steps is not None
     optimizer = _optimizer(config, model, config.steps)
@@ -166,17 +165,16 @@ def _optimizer(config: TrainConfig, model: VisionTransformer, steps: int) -> Sch
 
 def _model(
     config: TrainConfig, class_names: tuple[str, ...], resumed_from: Path | None, notes: list[str]
-) -> tuple[VisionTransformer, bool]:
-    """The model, and whether it is a skeleton yet: of a checkpoint's config, or to be trained from scratch.
+) -> tuple[VisionTransformer, Callable[[VisionTransformer], Any] | None]:
+    """The model, and, where it is a skeleton yet, what gives it its first parameters when it has been spread.
 
     Adds to `notes` what was decided about a fine-tuned model's head.
     """
     if resumed_from is not None:
         saved = read_json(resumed_from / "state.json")["model"]
-        return skeleton(VisionTransformer, from_dict(ModelConfig, saved)), True
+        return skeleton(VisionTransformer, from_dict(ModelConfig, saved)), lambda model: None
     if config.model is not None:
-        return skeleton(VisionTransformer, config.model), True
-    seed_everything(config.seed, _INITIALISATION)  # of a new head's or other new parameters
+        return skeleton(VisionTransformer, config.model), lambda model: _first_parameters(model, config.seed)
     assert config.init_from is not None
     fixed = {
         "image_size": config.data.image_size,
@@ -192,7 +190,18 @@ def _model(
     notes.append(head.reason)
     if head.new and config.steps == 0:
         notes.append("0 steps: a head that was not trained classifies no better than chance")
-    return load(config.init_from, config.init_config, new_head=head.new, **options), False
+    if current().size > 1 and not head.new and stored.config.replace(moe=final.moe) == final:
+        # each process reads its parts alone; `load` is for what has to be made anew or resized
+        model = skeleton(VisionTransformer, final)
+        model.class_names, model.preprocessing = stored.class_names, stored.preprocessing
+        return model, lambda model: read_into_sharded(stored, None, model.state_dict())
+    seed_everything(config.seed, _INITIALISATION)  # of a new head's or other new parameters
+    return load(config.init_from, config.init_config, new_head=head.new, **options), None
+
+
+def _first_parameters(model: VisionTransformer, seed: int) -> None:
+    seed_everything(seed, _INITIALISATION)
+    materialise(model)
 
 
 def _with_options(stored: ModelConfig, options: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
