@@ -17,9 +17,9 @@ import visionmoe as vm
 from visionmoe.checkpoint import write_vmoe
 from visionmoe.checkpoint.convert import ConvertConfig, run_convert
 from visionmoe.checkpoint.mapping import our_shapes, tensors_to_vmoe
-from visionmoe.checkpoint.sharded import AsyncSaver, load_sharded, save_sharded
+from visionmoe.checkpoint.sharded import AsyncSaver, latest_good_together, load_sharded, save_sharded
 from visionmoe.checkpoint.sharded_model import export_pretrained, read_into_sharded, save_pretrained_sharded
-from visionmoe.checkpoint.store import latest_good, list_checkpoints, load_run_state, save_run_state, verify
+from visionmoe.checkpoint.store import list_checkpoints, load_run_state, verify
 from visionmoe.model.pretrained import Preprocessing, write_pretrained
 from visionmoe.model.tensor_file import open_tensor_file, plan_file, runs
 
@@ -57,7 +57,7 @@ def assert_same(actual, expected):
 def folder(tmp_path_factory):
     """A run that one process began and two went on with, and what these have written."""
     folder = tmp_path_factory.mktemp("sharded")
-    save_run_state(folder / "run", 1, worker.whole(), worker.STATE)
+    save_sharded(folder / "run", 1, worker.whole(), worker.STATE)
     write_vmoe(folder / "ckpt", tensors_to_vmoe(worker.whole()["model"], worker.CONFIG), num_shards=2)
     assert start(folder, 2, "two") == [0, -signal.SIGKILL]
     return folder
@@ -104,7 +104,7 @@ def test_faults_are_named_on_both_processes_and_the_previous_checkpoint_is_used(
     assert "step_00000003/optimizer-00000-of-00002.safetensors is missing; going on from step_00000002" in warned[1]
     assert "optimizer-00000-of-00002.safetensors is missing" in gone
     with pytest.warns(UserWarning, match="is damaged|is missing"):  # one process sees the same
-        assert latest_good(folder / "run").name == "step_00000002"
+        assert latest_good_together(folder / "run").name == "step_00000002"
 
 
 def test_a_process_killed_while_it_writes_leaves_the_previous_checkpoint(folder):
@@ -112,7 +112,7 @@ def test_a_process_killed_while_it_writes_leaves_the_previous_checkpoint(folder)
     assert error.startswith("RuntimeError: checkpoint of step 2 is not written: ") and "\n" not in error
     [(step, path)] = list_checkpoints(folder / "killed")
     assert step == 1 and len(verify(path)) == 2  # the one tensor's file and the state
-    save_run_state(folder / "killed", 3, {"model": {"a": torch.ones(8)}}, {})
+    save_sharded(folder / "killed", 3, {"model": {"a": torch.ones(8)}}, {})
     names = sorted(path.name for path in (folder / "killed" / "checkpoints").iterdir())
     assert names == ["step_00000001", "step_00000003"]
 
@@ -175,7 +175,7 @@ def test_one_process_uses_the_same_functions(tmp_path):
         "ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json",
     ]  # fmt: skip
     assert_same(load_run_state(path).tensors, worker.whole())
-    plain = save_run_state(tmp_path / "plain", 5, worker.whole(), worker.STATE)
+    plain = save_sharded(tmp_path / "plain", 5, worker.whole(), worker.STATE)
     for name in ("ema", "model", "optimizer"):  # and its files are the same
         assert (path / f"{name}.safetensors").read_bytes() == (plain / f"{name}.safetensors").read_bytes()
     save_sharded(tmp_path, 6, worker.whole(), worker.STATE, keep_last=1)
@@ -281,7 +281,7 @@ def hashed(file):
 @pytest.mark.distributed4
 @pytest.mark.timeout(1200)
 def test_from_one_to_four_to_two_to_one_to_four(tmp_path):
-    save_run_state(tmp_path / "run", 1, worker.whole(), worker.STATE)
+    save_sharded(tmp_path / "run", 1, worker.whole(), worker.STATE)
     plan = [(4, {"fsdp": 2, "ep": 2}), (2, {"ep": 2}), (1, {}), (4, {"dp": 2, "ep": 2}), (4, {"ep": 4}),
             (2, {"fsdp": 2}), (4, {"dp": 2, "fsdp": 2}), (4, {"fsdp": 4})]  # fmt: skip
     for step, (size, layout) in enumerate(plan, start=1):

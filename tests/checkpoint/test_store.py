@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from visionmoe.checkpoint.errors import CheckpointError
+from visionmoe.checkpoint.sharded import latest_good_together, save_sharded
 from visionmoe.checkpoint.store import (
     join_optimizer_state,
-    latest_good,
     list_checkpoints,
     load_run_state,
     remove_newer,
-    save_run_state,
     split_optimizer_state,
     verify,
 )
@@ -23,7 +22,7 @@ from visionmoe.checkpoint.store import (
 def save(run, step, **options):
     tensors = {"model": {"a": torch.full((3,), float(step)), "b": torch.arange(4, dtype=torch.bfloat16)},
                "optimizer": {"0.mu": torch.ones(2, 2).T}}  # fmt: skip
-    return save_run_state(run, step, tensors, {"best": 0.5}, **options)
+    return save_sharded(run, step, tensors, {"best": 0.5}, **options)
 
 
 def test_round_trip_keeps_values_and_types(tmp_path):
@@ -40,15 +39,15 @@ def test_keep_last_removes_the_oldest(tmp_path):
     for step in (1, 20, 3):
         save(tmp_path, step, keep_last=2)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 20]
-    assert latest_good(tmp_path).name == "step_00000020"
+    assert latest_good_together(tmp_path).name == "step_00000020"
     with pytest.raises(ValueError, match="keep_last must be >= 1, got 0"):
         save(tmp_path, 4, keep_last=0)
 
 
 def test_same_step_is_replaced(tmp_path):
     save(tmp_path, 2)
-    save_run_state(tmp_path, 2, {"model": {"a": torch.zeros(1)}}, {})
-    assert list(load_run_state(latest_good(tmp_path)).tensors) == ["model"]
+    save_sharded(tmp_path, 2, {"model": {"a": torch.zeros(1)}}, {})
+    assert list(load_run_state(latest_good_together(tmp_path)).tensors) == ["model"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
@@ -57,7 +56,7 @@ def test_killed_while_replacing_leaves_the_old_one(tmp_path):
     path = save(tmp_path, 2)
     path.rename(path.with_name(f"old-{path.name}"))  # the moment between the two renames
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]
-    assert load_run_state(latest_good(tmp_path)).step == 2
+    assert load_run_state(latest_good_together(tmp_path)).step == 2
     assert save(tmp_path, 2) == path
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000001", "step_00000002"]
 
@@ -70,14 +69,14 @@ def test_damaged_newer_checkpoints_cost_no_good_one(tmp_path):
     written = save(tmp_path, 250, keep_last=1)
     assert [path for _, path in list_checkpoints(tmp_path)] == [written, damaged]
     with pytest.warns(UserWarning, match="step_00000300/state.json is damaged"):
-        assert latest_good(tmp_path) == written
+        assert latest_good_together(tmp_path) == written
     assert remove_newer(written) == [damaged]
     assert not good.exists() and [path for _, path in list_checkpoints(tmp_path)] == [written]
     assert remove_newer(written) == []
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
-    assert latest_good(tmp_path) is None
+    assert latest_good_together(tmp_path) is None
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
@@ -93,10 +92,10 @@ def test_every_flipped_bit_is_found_named_and_the_older_one_is_used(tmp_path, na
         if name == "manifest.json" and damaged.split() == good.split():
             continue  # another kind of white space
         with pytest.warns(UserWarning, match=f"{name} is damaged") as caught:
-            assert latest_good(tmp_path).name == "step_00000001"
+            assert latest_good_together(tmp_path).name == "step_00000001"
         assert len(caught) == 1
     file.write_bytes(good)
-    assert latest_good(tmp_path).name == "step_00000002"
+    assert latest_good_together(tmp_path).name == "step_00000002"
 
 
 def test_cut_and_missing_files_are_named(tmp_path):
@@ -110,7 +109,7 @@ def test_cut_and_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"optimizer\.safetensors is missing"):
         load_run_state(path)
     with pytest.raises(CheckpointError, match=r"no good checkpoint .*optimizer\.safetensors is missing"):
-        latest_good(tmp_path)
+        latest_good_together(tmp_path)
 
 
 def test_an_unlisted_file_is_not_read(tmp_path):
@@ -121,10 +120,10 @@ def test_an_unlisted_file_is_not_read(tmp_path):
 
 KILLED = """
 import sys, torch
-from visionmoe.checkpoint.store import save_run_state
+from visionmoe.checkpoint.sharded import save_sharded
 group = {f"t{i}": torch.full((1 << 16,), float(i)) for i in range(16)}
 for step in range(1, 10_000):
-    save_run_state(sys.argv[1], step, {"model": group}, {}, keep_last=3)
+    save_sharded(sys.argv[1], step, {"model": group}, {}, keep_last=3)
     print(step, flush=True)
 """
 

@@ -1,11 +1,10 @@
 """The first parameters of a model that is spread before it has any."""
 
 import torch
-from tests.distributed.training import Case, config_of
+from tests.distributed.training import Case, config_of, whole_tensor
 
 import visionmoe as vm
 from visionmoe.distributed.layout import Layout
-from visionmoe.distributed.tensors import whole_tensor
 from visionmoe.distributed.world import current
 from visionmoe.model.skeleton import materialise, skeleton
 from visionmoe.train.parallel import Parallel

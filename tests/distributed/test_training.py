@@ -21,12 +21,12 @@ def variants(layout: str) -> list[Case]:
     short = layout.replace("=", "").replace(",", "_")
     return [
         Case(f"{short}_plain", layout),
-        Case(f"{short}_mixup_accumulation", layout, mixup_alpha=0.5, accumulation=2),
+        Case(f"{short}_mixup_accumulation", layout, mixup_alpha=0.5, accumulation=2, messages=2),
         Case(f"{short}_adafactor_bpr", layout, optimizer=ADAFACTOR, moe={"batch_priority": True}),
         Case(f"{short}_sgd_token_groups", layout, optimizer=SGD, moe={"group_size": 32}, model={"pooling": "gap"}),
         Case(f"{short}_expert_choice", layout, moe={"router": "expert_choice", "num_selected_experts": 1}),
-        Case(f"{short}_soft", layout, moe={"router": "soft"}, model={"pooling": "map"}),
-        Case(f"{short}_ensemble", layout, moe={"ensemble_size": 2, "num_selected_experts": 1}),
+        Case(f"{short}_soft", layout, moe={"router": "soft", "num_experts": 8}, model={"pooling": "map"}, messages=3),
+        Case(f"{short}_ensemble", layout, messages=3, moe={"ensemble_size": 2, "num_selected_experts": 1}),
         Case(f"{short}_not_finite", layout, bad_step=(3, 13)),
     ]
 

@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import visionmoe as vm
 from visionmoe.distributed.layout import Layout
-from visionmoe.distributed.tensors import whole_tensor
 from visionmoe.distributed.world import current
+from visionmoe.model.experts import Experts
 from visionmoe.train.losses import create_loss
 from visionmoe.train.optim import create_optimizer
 from visionmoe.train.parallel import Parallel
@@ -28,6 +29,7 @@ class Case:
     optimizer: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "adam", "weight_decay": 0.1})
     mixup_alpha: float = 0.0
     accumulation: int = 1
+    messages: int = 1  # in which the rows of experts travel
     bad_step: tuple[int, int] | None = None  # (step, image of the global batch) that is not finite
 
 
@@ -51,6 +53,9 @@ def train(case: Case, steps: int = STEPS) -> dict[str, Any]:
     model, device = vm.create_model(config_of(case)), torch.device("cpu")
     parallel = Parallel(Layout.parse(case.layout, world.size), world)
     parallel.spread(model, device)
+    for module in model.modules():
+        if isinstance(module, Experts) and module.exchange is not None:
+            module.exchange.parts = case.messages
     common = {"learning_rate": 1e-3, "gradient_clip": {"global_norm": 1.0}} | case.optimizer
     optimizer = create_optimizer(model.named_parameters(), total_steps=steps, **common)
     forward = parallel.wrap(model, device)
@@ -74,6 +79,10 @@ def train(case: Case, steps: int = STEPS) -> dict[str, Any]:
         logits = model(images_of(99)[0][own]).logits
     out["logits"] = torch.cat(gather_tensors(logits))
     return out
+
+
+def whole_tensor(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gather_tensors(x: torch.Tensor) -> list[torch.Tensor]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visionmoe.checkpoint.ranks import Group, gather, rank_of, share_out, size_of
+from visionmoe.checkpoint.ranks import Group, rank_of, share_out, size_of
+from visionmoe.distributed.world import gather
 from visionmoe.model.tensor_file import Box
 
 Groups = Mapping[str, Mapping[str, Tensor]]

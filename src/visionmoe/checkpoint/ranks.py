@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from visionmoe.distributed.world import gather
+
 T = TypeVar("T")
 Group = Any  # a dist.ProcessGroup, or None: all processes of the job
 
@@ -15,15 +17,6 @@ def rank_of(group: Group) -> int:
 
 def size_of(group: Group) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
-def gather(value: T, group: Group) -> list[T]:
-    """Every process's `value` (plain Python), by rank, on every process. Collective."""
-    if size_of(group) == 1:
-        return [value]
-    values: list[Any] = [None] * size_of(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def together(work: Callable[[], T], group: Group) -> list[T]:

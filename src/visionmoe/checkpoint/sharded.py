@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from visionmoe.checkpoint.errors import CheckpointError
 from visionmoe.checkpoint.parts import Groups, Part, own_parts, to_memory
-from visionmoe.checkpoint.ranks import Group, by_first, gather, one_line, rank_of, share_out, size_of, together
+from visionmoe.checkpoint.ranks import Group, by_first, one_line, rank_of, share_out, size_of, together
 from visionmoe.checkpoint.store import (
     begin,
     check_file,
@@ -34,6 +34,7 @@ from visionmoe.checkpoint.store import (
     read_manifest,
 )
 from visionmoe.checkpoint.stored import PARTS_KEY, SUFFIX, StoredTensors
+from visionmoe.distributed.world import gather
 from visionmoe.files import read_json, sync
 from visionmoe.model.tensor_file import memory, plan_file
 
@@ -49,8 +50,12 @@ def save_sharded(
     *,
     group: Group = None,
 ) -> Path:
-    """Writes checkpoint `step` and returns its folder, as `store.save_run_state`. Collective: every process of `group`
-    (None: of the job) calls it with its own tensors; plain ones are the same everywhere, of DTensors each has a part.
+    """Writes checkpoint `step` and returns its folder; afterwards only the `keep_last` newest are kept (None: all), and
+    this one in any case. Collective: every process of `group` (None: of the job) calls it with its own tensors; plain
+    ones are the same everywhere, of DTensors each has a part.
+
+    At no moment is there a folder of that name that is not complete. An older one of the same step is replaced; until
+    the new one has its name, `list_checkpoints` finds the old one.
 
     state: JSON values; those of the first process are written. The run's folder is one that all processes see. An
     error on any process is raised on all, and leaves nothing behind.
@@ -145,7 +150,11 @@ def verify_together(path: str | os.PathLike, *, group: Group = None) -> None:
 
 
 def latest_good_together(run_dir: str | os.PathLike, *, group: Group = None) -> Path | None:
-    """As `store.latest_good`, the same on all processes, which share the hashing. Only the first warns. Collective."""
+    """The newest checkpoint whose files are all as they were written, None where a run has none yet; the same on all
+    processes, which share the hashing. Collective.
+
+    Damaged ones are skipped; the first process warns and names the file. CheckpointError when all are damaged.
+    """
     damaged: list[str] = []
     for path in by_first(lambda: [folder for _, folder in reversed(list_checkpoints(run_dir))], group):
         fault = _fault(path, group)

@@ -1,4 +1,4 @@
-"""Checkpoints of our own runs: written beside, synced, renamed, and verified byte for byte when they are read.
+"""The folders of our own checkpoints: written beside, synced, renamed, and verified byte for byte when they are read.
 
     RUN/checkpoints/step_00000123/
         NAME.safetensors   tensors: the model's, the optimizer's, their average's
@@ -15,14 +15,12 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from visionmoe.checkpoint.errors import CheckpointError, MissingFileError
@@ -45,33 +43,6 @@ class RunState:
     state: dict[str, Any]
 
 
-def save_run_state(
-    run_dir: str | os.PathLike,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    keep_last: int | None = None,
-) -> Path:
-    """Writes checkpoint `step` and returns its folder; afterwards only the `keep_last` newest are kept (None: all),
-    and this one in any case.
-
-    At no moment is there a folder of that name that is not complete. An older one of the same step is replaced; until
-    the new one has its name, `list_checkpoints` finds the old one.
-    """
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(f"keep_last must be >= 1, got {keep_last}")
-    temporary = begin(run_dir)
-    try:
-        for name, group in tensors.items():
-            save_file({k: v.detach().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
-        files = sorted(temporary.iterdir())
-        for path in files:
-            sync(path)
-        return publish(run_dir, step, temporary, {path.name: _entry(path) for path in files}, state, keep_last)
-    finally:
-        clear_partial(temporary.parent)
-
-
 def begin(run_dir: str | os.PathLike) -> Path:
     """A new folder in which the files of a checkpoint can be written before it has its name."""
     parent = Path(run_dir) / FOLDER
@@ -91,7 +62,7 @@ def publish(
     keep_last: int | None,
 ) -> Path:
     """Gives the folder `temporary`, whose files of tensors (entries: the manifest's, by name) have reached the disk,
-    its state, its manifest and its name, and removes older checkpoints; see `save_run_state`."""
+    its state, its manifest and its name, and removes older checkpoints; see `sharded.save_sharded`."""
     write_json(temporary / "state.json", {"step": step, **state})
     manifest = {"step": step, "files": {**entries, "state.json": _entry(temporary / "state.json")}}
     write_json(temporary / MANIFEST_NAME, {**manifest, "sha256": _own_digest(manifest)})
@@ -160,26 +131,6 @@ def load_run_state(path: str | os.PathLike, device: str | torch.device = "cpu") 
     state = read_json(path / "state.json")
     tensors = {group: {n: stored.read(group, n, device) for n in names} for group, names in stored.groups.items()}
     return RunState(step=state.pop("step"), tensors=tensors, state=state)
-
-
-def latest_good(run_dir: str | os.PathLike) -> Path | None:
-    """The newest checkpoint whose files are all as they were written, None where a run has none yet.
-
-    Damaged ones are skipped with a warning that names the file. CheckpointError when all are damaged.
-    """
-    damaged = []
-    for _, path in reversed(list_checkpoints(run_dir)):
-        try:
-            verify(path)
-        except (ValueError, OSError) as error:
-            damaged.append(str(error))
-            continue
-        for message in damaged:
-            warnings.warn(f"{message}; going on from {path.name}", stacklevel=2)
-        return path
-    if damaged:
-        raise CheckpointError(f"no good checkpoint in {Path(run_dir) / FOLDER}: {damaged[0]}")
-    return None
 
 
 def remove_newer(path: str | os.PathLike) -> list[Path]:

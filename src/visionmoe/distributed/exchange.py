@@ -1,8 +1,8 @@
 """Expert parallelism: rows travel to the processes that hold their experts, and back.
 
 Every process sends the buffers of all experts, of fixed capacity, so all messages are equally long and no counts are
-exchanged. The experts are done in a few parts: while one part is computed, the others are on their way, forward and
-backward.
+exchanged. On GPUs the experts are done in a few parts: while one part is computed, the others are on their way, forward
+and backward. Between CPUs one message is faster, because sending it takes the cores from the computation.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PARTS = 4  # of a process's experts; each is a message of its own
+PARTS = {"cuda": 4}  # of a process's experts, each a message of its own; elsewhere 1
 
 
 class ExpertExchange:
-    """Rows of E experts, of which every process of `group` holds E / size neighbours, in the order of the ranks."""
+    """Rows of E experts, of which every process of `group` holds E / size neighbours, in the order of the ranks.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    parts: messages in which they travel, the same on all processes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, parts: int) -> None:
+        self.group, self.parts = group, parts
         self.size = dist.get_world_size(group)
 
     def __call__(self, rows: Tensor, run: Callable[[Tensor, slice], Tensor], *, equal: bool) -> Tensor:
@@ -35,7 +38,7 @@ class ExpertExchange:
             filled = F.pad(rows, (0, 0, 0, self._most(own, rows.device) - own))
         local = rows.shape[0] // self.size
         by_owner = filled.view(self.size, local, *filled.shape[1:])  # (E, N, D) -> (P, e, N, D)
-        parts = [slice(part[0], part[-1] + 1) for part in _split(local)]
+        parts = _split(local, self.parts)
         there = [_start(by_owner[:, part].contiguous(), self.group) for part in parts]
         back = []
         for part, (sent, trip) in zip(parts, there, strict=True):
@@ -107,7 +110,7 @@ class _Finish(torch.autograd.Function):
         return ctx.trip.send(grad.contiguous()), None
 
 
-def _split(count: int) -> list[range]:
-    """0 ... count-1 in at most PARTS runs of nearly equal length."""
-    parts = min(PARTS, count)
-    return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+def _split(count: int, parts: int) -> list[slice]:
+    """0 ... count-1 in at most so many runs of nearly equal length."""
+    parts = min(parts, count)
+    return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]

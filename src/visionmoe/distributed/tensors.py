@@ -49,21 +49,14 @@ def empty_like(
     return empty(*shape, dtype=dtype, device_mesh=reference.device_mesh, placements=placements)
 
 
-def own_part(whole: Tensor, reference: Tensor, placements: Sequence[Any] | None = None) -> Tensor:
-    """The inverse of `spread_like`, from a tensor that every process has as a whole."""
+def own_part(whole: Tensor, reference: Tensor) -> Tensor:
+    """What this process holds of a tensor that every process has as a whole, when it is divided as the reference."""
     if not hasattr(reference, "placements"):
         return whole
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(reference, DTensor)
-    placements = reference.placements if placements is None else placements
-    return distribute_tensor(whole, reference.device_mesh, placements, src_data_rank=None).to_local()
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of it, on every process. Collective with DTensors."""
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return tensor if full_tensor is None else full_tensor()
+    return distribute_tensor(whole, reference.device_mesh, reference.placements, src_data_rank=None).to_local()
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -107,13 +107,13 @@ def lost_ranks_named() -> Iterator[None]:
         ) from error
 
 
-def gather(value: T) -> list[T]:
-    """Every process's `value` (small, plain Python), by rank, on every process. Collective."""
-    size = current().size
-    if size == 1:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every process's `value` (small, plain Python), by rank, on every process of the group (None: of the job).
+    Collective."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
-    values: list[T | None] = [None] * size
-    dist.all_gather_object(values, value)
+    values: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]
 
 

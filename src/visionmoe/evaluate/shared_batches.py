@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from visionmoe.data.loader import EvalLoader
 from visionmoe.distributed.world import current, from_first, gather, gather_tensors
@@ -55,7 +54,7 @@ def shared_batches(model: nn.Module, loader: Loader, *, start: int = 0, autocast
 
 def is_spread(model: nn.Module) -> bool:
     """Whether parts of its parameters are in other processes, so that its forward pass is collective."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(hasattr(parameter, "placements") for parameter in model.parameters())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from visionmoe.distributed.exchange import ExpertExchange
+from visionmoe.distributed.exchange import PARTS, ExpertExchange
 from visionmoe.distributed.layout import Layout, Meshes
 from visionmoe.distributed.tensors import local
 from visionmoe.distributed.world import World
@@ -161,7 +161,7 @@ def split_experts(experts: Experts, meshes: Meshes) -> None:
         for name, parameter in list(linear.named_parameters(recurse=False)):
             part = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
             setattr(linear, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
-    experts.exchange = ExpertExchange(mesh.get_group())
+    experts.exchange = ExpertExchange(mesh.get_group(), PARTS.get(mesh.device_type, 1))
 
 
 def check(model: VisionTransformer, layout: Layout) -> None:
