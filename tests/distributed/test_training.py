@@ -20,7 +20,7 @@ def variants(layout: str) -> list[Case]:
     """What a layout is tried with: noise is on in all of them."""
     short = layout.replace("=", "").replace(",", "_")
     return [
-        Case(f"{short}_plain", layout),
+        Case(f"{short}_average", layout, ema_decay=0.5),
         Case(f"{short}_mixup_accumulation", layout, mixup_alpha=0.5, accumulation=2, messages=2),
         Case(f"{short}_adafactor_bpr", layout, optimizer=ADAFACTOR, moe={"batch_priority": True}),
         Case(f"{short}_sgd_token_groups", layout, optimizer=SGD, moe={"group_size": 32}, model={"pooling": "gap"}),

@@ -7,12 +7,16 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import visionmoe as vm
+from visionmoe.checkpoint.parts import own_parts
 from visionmoe.distributed.layout import Layout
 from visionmoe.distributed.world import current
+from visionmoe.evaluate.forward import evaluation_mode
 from visionmoe.model.experts import Experts
+from visionmoe.train.ema import Ema
 from visionmoe.train.losses import create_loss
 from visionmoe.train.optim import create_optimizer
 from visionmoe.train.parallel import Parallel
+from visionmoe.train.state import Progress, training_state
 from visionmoe.train.step import StepSettings, train_step
 
 BATCH, CLASSES, STEPS = 16, 5, 20
@@ -30,6 +34,7 @@ class Case:
     mixup_alpha: float = 0.0
     accumulation: int = 1
     messages: int = 1  # in which the rows of experts travel
+    ema_decay: float | None = None  # evaluated with the average after some steps
     bad_step: tuple[int, int] | None = None  # (step, image of the global batch) that is not finite
 
 
@@ -58,6 +63,7 @@ def train(case: Case, steps: int = STEPS) -> dict[str, Any]:
             module.exchange.parts = case.messages
     common = {"learning_rate": 1e-3, "gradient_clip": {"global_norm": 1.0}} | case.optimizer
     optimizer = create_optimizer(model.named_parameters(), total_steps=steps, **common)
+    ema = None if case.ema_decay is None else Ema(model, case.ema_decay)
     forward = parallel.wrap(model, device)
     settings = StepSettings(create_loss("softmax"), CLASSES, 0, case.mixup_alpha, case.accumulation)
     own = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
@@ -68,17 +74,28 @@ def train(case: Case, steps: int = STEPS) -> dict[str, Any]:
         if case.bad_step is not None and case.bad_step[0] == step:
             images[case.bad_step[1]] = float("inf")
         result = train_step(forward, optimizer, images[own], labels[own], step, settings, parallel)
+        if ema is not None:
+            ema.update()
+            if step in (2, 5):
+                evaluate_average(model, ema, parallel, images[own])
         out["losses"].append(parallel.mean(torch.stack([result.main_loss, result.auxiliary_loss])))
         out["norms"].append(result.grad_norm)
         out["applied"].append(result.applied)
         if step == 0:
             out["gradients"] = {n: whole_tensor(p.grad).clone() for n, p in model.named_parameters()}
+    tensors, _ = training_state(model, optimizer, ema, Progress())
+    own_parts(tensors, None)  # collective: whether all parts are whole together, so that they can be saved
     out["parameters"] = {n: whole_tensor(p.detach()).clone() for n, p in model.named_parameters()}
     model.eval()
     with torch.no_grad():
         logits = model(images_of(99)[0][own]).logits
     out["logits"] = torch.cat(gather_tensors(logits))
     return out
+
+
+def evaluate_average(model: vm.VisionTransformer, ema: Ema, parallel: Parallel, images: torch.Tensor) -> None:
+    with ema.swapped(), parallel.evaluating(), evaluation_mode(model):
+        model(images)
 
 
 def whole_tensor(x: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from visionmoe.checkpoint.store import (
     read_manifest,
 )
 from visionmoe.checkpoint.stored import PARTS_KEY, SUFFIX, StoredTensors
-from visionmoe.distributed.world import gather
+from visionmoe.distributed.world import TIMEOUT, gather
 from visionmoe.files import read_json, sync
 from visionmoe.model.tensor_file import memory, plan_file
 
@@ -73,7 +73,7 @@ class AsyncSaver:
     """
 
     def __init__(self) -> None:
-        self._group: Group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
         self._step = 0
         self._written: Path | None = None

@@ -17,7 +17,8 @@ def local(tensor: Tensor) -> Tensor:
 def spread_like(part: Tensor, reference: Tensor, placements: Sequence[Any] | None = None) -> Tensor:
     """This process's `part` as a DTensor of the reference's mesh; as it is where the reference is no DTensor.
 
-    placements: how it is divided; None: it has the reference's shape, and is divided as that.
+    placements: how it is divided; None: it has the reference's shape, and is divided as that. An axis that is divided
+    is as long as the reference's.
     """
     if not hasattr(reference, "placements"):
         return part
@@ -33,7 +34,12 @@ def spread_like(part: Tensor, reference: Tensor, placements: Sequence[Any] | Non
             shape=reference.shape,
             stride=reference.stride(),
         )
-    return DTensor.from_local(part, reference.device_mesh, placements, run_check=False)
+    divided = [any(p.is_shard(axis) for p in placements) for axis in range(part.dim())]
+    sizes = [reference.shape[axis] if divided[axis] else size for axis, size in enumerate(part.shape)]
+    stride = torch.empty(sizes, device="meta").stride()
+    return DTensor.from_local(
+        part, reference.device_mesh, placements, run_check=False, shape=torch.Size(sizes), stride=stride
+    )
 
 
 def empty_like(

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=10)  # of one collective call: then a rank is taken to be lost
-_LOST = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "timed out", "socket",
-         "nccl", "remote process")  # fmt: skip
+_LOST = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "timed out waiting",
+         "ncclremoteerror", "remote process")  # fmt: skip
 
 
 class LostRankError(RuntimeError):
@@ -58,10 +58,18 @@ def current() -> World:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: "cuda" is the GPU of its local rank where torchrun started it."""
-    if device.type == "cuda" and device.index is None and requested().size > 1:
-        return torch.device("cuda", requested().local_rank)
-    return device
+    """The device of this process: "cuda" is the GPU of its local rank where torchrun started it.
+
+    ValueError where it has none of its own.
+    """
+    job = requested()
+    if device.type != "cuda" or job.size == 1:
+        return device
+    if device.index is not None:
+        raise ValueError(f"several processes cannot share {device}: device must be cuda, for each its own")
+    if job.local_rank >= torch.cuda.device_count():
+        raise ValueError(f"process {job.local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+    return torch.device("cuda", job.local_rank)
 
 
 @contextlib.contextmanager
@@ -76,7 +84,7 @@ def joined() -> Iterator[World]:
         yield current()
         return
     backend = "gloo"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and requested().local_rank < torch.cuda.device_count():
         torch.cuda.set_device(requested().local_rank)
         backend = "cpu:gloo,cuda:nccl"
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -89,8 +97,8 @@ def joined() -> Iterator[World]:
             raise SystemExit(int(store.get("visionmoe/exit_code"))) from error
         store.set("visionmoe/exit_code", "1" if isinstance(error, LostRankError) else "2")
         raise
-    finally:
-        dist.destroy_process_group()
+    else:
+        dist.destroy_process_group()  # after an error the process ends; NCCL would wait for ranks that do not come
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """An exponential moving average of the parameters."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from visionmoe.distributed.tensors import local
 
@@ -25,11 +25,6 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1.0 - self.decay)
-
-    @torch.no_grad()
-    def load(self, average: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.average.items():
-            tensor.copy_(average[name])
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

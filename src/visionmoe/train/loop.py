@@ -30,7 +30,7 @@ from visionmoe.train.config import TrainConfig
 from visionmoe.train.log import History, Means, RunLog, read_log, router_health
 from visionmoe.train.progress import ProgressLine
 from visionmoe.train.setup import Parts, prepare
-from visionmoe.train.signals import StopRequest, stop_on_signals
+from visionmoe.train.signals import StopRequest, exit_code, stop_on_signals
 from visionmoe.train.state import choose_device, training_state
 from visionmoe.train.step import StepResult, train_step
 
@@ -62,15 +62,14 @@ def run_training(
     Raises ValueError for a config that cannot be run, TrainingDivergedError (a ValueError), and LostRankError where
     another process of the job has ended.
     """
-    device = own_device(choose_device(config.device))
-    devices = [device] if device.type == "cuda" else []
-    with joined(), torch.random.fork_rng(devices), stop_on_signals() as stop:
-        parts = prepare(config, resume)
-        trainer = Trainer(parts, dict(evaluators or {}), stop, show_progress)
-        try:
-            return trainer.run()
-        finally:
-            trainer.close()
+    with joined():
+        device = own_device(choose_device(config.device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), stop_on_signals() as stop:
+            trainer = Trainer(prepare(config, resume), dict(evaluators or {}), stop, show_progress)
+            try:
+                return trainer.run()
+            finally:
+                trainer.close()
 
 
 class Trainer:
@@ -92,11 +91,14 @@ class Trainer:
         self.means = Means()
         self.history = History(best=dict(self.progress.best or {}))
         if parts.resumed_from is not None:
-            for record in from_first(read_log(self.log.path)):  # what follows the checkpoint is gone by now
+            for record in from_first(
+                read_log(self.log.path) if first else []
+            ):  # what follows the checkpoint is gone by now
                 self.history.add(record)
         self.progress.best = self.history.best
         self.finished = False
         self._stopping = False
+        self._stopped_by: str | None = None
         self.saver = AsyncSaver()
         self._saved = None if parts.resumed_from is None else self.progress.step
         self._interval_start = self.progress.step
@@ -134,7 +136,7 @@ class Trainer:
         try:
             images, labels = next(batches)
         except RuntimeError:
-            if self.stop:
+            if self.stop and self.parallel.world.size == 1:
                 self._stopping = True
                 return False
             raise
@@ -215,9 +217,10 @@ class Trainer:
         if self._stopping:
             self._save()
             path = self.saver.wait() or self.parts.resumed_from
-            name = next(filter(None, gather(self.stop.name)))  # the signal may have come to one process alone
-            self.stop.name = name
-            self._event(f"{name}: saved {path} and stopped at step {self.progress.step}; resume goes on here")
+            self._stopped_by = next(filter(None, gather(self.stop.name)))  # it may have come to one process alone
+            self._event(
+                f"{self._stopped_by}: saved {path} and stopped at step {self.progress.step}; resume goes on here"
+            )
             return
         self._save()
         model, class_names = self.parts.model, self.parts.source.class_names
@@ -286,7 +289,7 @@ class Trainer:
         images = progress.step * config.data.batch_size
         return {
             "status": status,
-            "exit_code": {"finished": 0, "diverged": 1}.get(status, self.stop.exit_code),
+            "exit_code": {"finished": 0, "diverged": 1}.get(status, exit_code(self._stopped_by)),
             "step": progress.step,
             "total_steps": self.total,
             "images_seen": images,

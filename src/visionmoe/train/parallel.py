@@ -78,10 +78,11 @@ class Parallel:
         """Tells the routers the number, in the global batch, of the first image that comes next."""
         assert self._model is not None
         first_token = first_image * self._model.config.num_tokens * self._model.config.ensemble_size
+        device = next(self._model.parameters()).device
+        number = torch.full((), first_token, dtype=torch.int64, device=device)  # a kernel, no copy from the host
         for module in self._model.modules():
             if isinstance(module, Router | SoftRouter):
-                device = next(module.parameters()).device
-                module.first_token = torch.tensor(first_token, device=device)
+                module.first_token = number
 
     @contextlib.contextmanager
     def part(self, last: bool) -> Iterator[None]:
@@ -91,6 +92,16 @@ class Parallel:
             self._model.set_requires_gradient_sync(last)
         with self._ddp.no_sync() if self._ddp is not None and not last else contextlib.nullcontext():
             yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around forward passes without backward passes: afterwards FSDP holds no gathered parameters, which it would
+        use again although their parts have changed."""
+        try:
+            yield
+        finally:
+            if isinstance(self._model, FSDPModule):
+                self._model.reshard()
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:

@@ -69,7 +69,8 @@ class Parts:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the model has its averaged parameters, where the run keeps an average."""
-        with self.ema.swapped() if self.ema is not None else contextlib.nullcontext():
+        swapped = self.ema.swapped() if self.ema is not None else contextlib.nullcontext()
+        with swapped, self.parallel.evaluating():
             yield
 
 
@@ -82,6 +83,8 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
             f"data.batch_size must be a multiple of accumulation times the number of processes, got "
             f"{config.data.batch_size}, {config.accumulation} and {world.size}"
         )
+    if config.compile and max(parallel.layout.fsdp, parallel.layout.ep) > 1:
+        raise ValueError(f"compile is for one process and data parallel runs, got parallel {config.parallel!r}")
     source = open_source(config.data.source, config.data.train_split)
     config, notes = resolve(config, source)
     _check_folder(config, resume)

@@ -16,10 +16,10 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.name is not None
 
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, the shell's convention: 143 for SIGTERM, 130 for Ctrl-C."""
-        return 128 + signal.Signals[self.name].value if self.name else 0
+
+def exit_code(name: str | None) -> int:
+    """128 + the number of the signal, the shell's convention: 143 for SIGTERM, 130 for Ctrl-C; 0 without one."""
+    return 128 + signal.Signals[name].value if name else 0
 
 
 @contextlib.contextmanager
