@@ -3,12 +3,15 @@
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.faults import STEPS, command, killed, run
+from benchmarks.faults import STEPS, command, killed, last_step, processes_of, run
 from safetensors.torch import load_file
 
+from visionmoe.checkpoint.store import list_checkpoints
 from visionmoe.distributed.layout import Layout
 
 
@@ -28,6 +31,21 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes_exactly(layout, tmp_path
     for name, value in expected.items():
         if not name.endswith("qkv.bias"):  # of keys: no gradient but rounding
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_launcher_leaves_no_rank_behind(tmp_path):
+    job = subprocess.Popen([*command("dp=2", tmp_path / "run"), "--set", "steps=100000"], stderr=subprocess.DEVNULL)
+    while last_step(tmp_path / "run") < 2:
+        assert job.poll() is None
+        time.sleep(0.05)
+    ranks = processes_of(job.pid)
+    job.kill()
+    job.wait()
+    until = time.monotonic() + 30
+    while time.monotonic() < until and any(Path(f"/proc/{pid}/environ").exists() for pid in ranks.values()):
+        time.sleep(0.1)
+    assert len(ranks) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    assert list_checkpoints(tmp_path / "run")  # they were asked to stop, and saved
 
 
 def test_layouts_are_read_and_a_missing_dp_follows():

@@ -9,15 +9,19 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from visionmoe.distributed.world import LAUNCHED
+
 _PATIENCE = 25  # seconds that ranks get to leave by themselves when one of them has ended
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Runs `python -m visionmoe ARGUMENTS` in so many processes; returns the exit code of the first one that failed.
 
-    When one ends, the others are told to, and after 25 seconds made to: no process is left behind.
+    When one ends, the others are told to, and after 25 seconds made to. When this process is killed itself, they get
+    SIGTERM (`world.joined`): no process is left behind.
     """
     _silence()
+    os.environ[LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,

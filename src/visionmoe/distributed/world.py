@@ -2,8 +2,10 @@
 thing."""
 
 import contextlib
+import ctypes
 import datetime
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+LAUNCHED = "VISIONMOE_LAUNCHED"  # environment variable of processes that `launch` started
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 TIMEOUT = datetime.timedelta(minutes=10)  # of one collective call: then a rank is taken to be lost
 _LOST = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "timed out waiting",
          "ncclremoteerror", "remote process")  # fmt: skip
@@ -83,6 +87,8 @@ def joined() -> Iterator[World]:
     if dist.is_initialized() or requested().size == 1:
         yield current()
         return
+    if LAUNCHED in os.environ:
+        _end_with_parent()
     backend = "gloo"
     if torch.cuda.is_available() and requested().local_rank < torch.cuda.device_count():
         torch.cuda.set_device(requested().local_rank)
@@ -99,6 +105,12 @@ def joined() -> Iterator[World]:
         raise
     else:
         dist.destroy_process_group()  # after an error the process ends; NCCL would wait for ranks that do not come
+
+
+def _end_with_parent() -> None:
+    """SIGTERM when the process that started this one is gone, however it went (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
