@@ -99,6 +99,17 @@ def uninterrupted(tmp_path_factory):
     return out / "run"
 
 
+def test_a_lost_terminal_is_a_request_to_stop(tmp_path):
+    def hang_up(model, step):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {}
+
+    config = dataclasses.replace(tiny(tmp_path / "run"), eval_every=2)
+    results = run_training(config, {"stop": hang_up}, show_progress=False)
+    assert (results["status"], results["exit_code"], results["step"]) == ("interrupted", 129, 2)
+    assert list_checkpoints(tmp_path / "run")[-1][0] == 2
+
+
 def test_killed_at_several_steps_gives_bitwise_the_same_parameters(tmp_path):
     """SIGKILL twice, then SIGTERM, which saves; against a run that only stops at that step."""
     out = tmp_path / "run"

@@ -90,9 +90,9 @@ def _divisors(number: int) -> list[int]:
 
 
 def parse_bytes(text: str) -> int:
-    """ "80GB" -> 80 * 10**9, "80GiB" -> 80 * 2**30; B, KB, MB, GB, TB and KiB ... TiB, or a number of bytes."""
+    """ "80GB" -> 80 * 10**9, "80GiB" -> 80 * 2**30; B, KB, MB, GB, TB and KiB ... TiB; a unit must be given."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = UNITS.get(match[2].upper() or "B") if match else None
+    unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise ValueError(f"a size must be like 80GB, 80GiB or 500MB, got {text!r}")
     return round(float(match[1]) * unit)

@@ -1,10 +1,12 @@
-"""SIGTERM and Ctrl-C ask a run to finish its step, save and leave; a second one ends it at once."""
+"""SIGTERM, Ctrl-C and a lost terminal ask a run to finish its step, save and leave; a second signal ends it at once."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -18,7 +20,7 @@ class StopRequest:
 
 
 def exit_code(name: str | None) -> int:
-    """128 + the number of the signal, the shell's convention: 143 for SIGTERM, 130 for Ctrl-C; 0 without one."""
+    """128 + the signal's number, the shell's convention (143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP); else 0."""
     return 128 + signal.Signals[name].value if name else 0
 
 
@@ -41,7 +43,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
         yield request
     finally:
