@@ -98,7 +98,8 @@ def run(layout: str, out: Path, *more: str) -> None:
 
 def command(layout: str, out: Path) -> list[str]:
     small = ["model.hidden_size=32", "model.mlp_dim=64", "model.num_heads=2", "data.batch_size=32", "log_every=1",
-             "checkpoint_every=3", "tensorboard=False", "model.moe.group_size=image", "data.eval_split=test[:64]"]  # fmt: skip
+             "checkpoint_every=3", "tensorboard=False", "model.moe.group_size=image",
+             "data.eval_split=test[:64]"]  # fmt: skip
     sets = [text for value in small for text in ("--set", value)]
     return [sys.executable, "-m", "visionmoe", "train", "--nproc", str(processes(layout)), "--parallel", layout,
             "--steps", str(STEPS), "--out", str(out), *sets]  # fmt: skip
