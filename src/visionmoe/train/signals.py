@@ -1,12 +1,14 @@
-"""SIGTERM, Ctrl-C and a lost terminal ask a run to finish its step, save and leave; a second signal ends it at once."""
+"""SIGTERM, Ctrl-C and a lost terminal ask a run to finish its step, save and leave; a later signal ends it at once."""
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PATIENCE = 1.0  # seconds in which other signals say the same: launchers and the system repeat theirs
 
 
 class StopRequest:
@@ -27,17 +29,18 @@ def exit_code(name: str | None) -> int:
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Within it the signals only set the request. Outside the main thread it changes nothing (Python's rule)."""
-    request = StopRequest()
+    request, first = StopRequest(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request:  # impatient: the second time it is as if there were no handler
+        nonlocal first
+        if not request:
+            request.name, first = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - first > _PATIENCE:  # impatient: it is as if there were no handler
             restore()
             signal.raise_signal(number)
-        else:
-            request.name = signal.Signals(number).name
 
     def restore() -> None:
         for number, handler in before.items():
