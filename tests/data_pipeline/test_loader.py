@@ -361,7 +361,7 @@ def test_no_worker_outlives_a_killed_run() -> None:
     process = start_loop()
     workers = children(process.pid)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=100)
     wait_until_gone(workers)
 
 
