@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 import visionmoe as vm
 from visionmoe.checkpoint.parts import own_parts
 from visionmoe.distributed.layout import Layout
-from visionmoe.distributed.world import current
+from visionmoe.distributed.world import current, gather_tensors
 from visionmoe.evaluate.forward import evaluation_mode
 from visionmoe.model.experts import Experts
 from visionmoe.train.ema import Ema
@@ -100,14 +100,6 @@ def evaluate_average(model: vm.VisionTransformer, ema: Ema, parallel: Parallel, 
 
 def whole_tensor(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def gather_tensors(x: torch.Tensor) -> list[torch.Tensor]:
-    if current().size == 1:
-        return [x]
-    parts = [torch.empty_like(x) for _ in range(current().size)]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return parts
 
 
 def train_all(cases: list[Case]) -> dict[str, dict[str, Any]]:
