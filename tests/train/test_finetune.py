@@ -69,10 +69,10 @@ def same(tuned, expected):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "size", "steps", "warmup"),
-    [("finetune_imagenet", 384, 10_000, 500), ("finetune_cifar10", 128, 1000, 100)],
+    ("recipe", "size", "steps", "peak", "warmup"),
+    [("finetune_imagenet", 384, 10_000, 0.003, 500), ("finetune_cifar10", 128, 1000, 0.0015, 100)],
 )
-def test_recipes_are_the_references(recipe, size, steps, warmup):
+def test_recipes_are_the_references(recipe, size, steps, peak, warmup):
     config = get_finetuning(recipe, "vmoe_b16_imagenet21k_randaug_strong")
     assert config.loss == "softmax" and config.label_smoothing == 0.0
     assert (config.steps, config.data.batch_size, config.data.image_size) == (steps, 1024, size)
@@ -83,10 +83,10 @@ def test_recipes_are_the_references(recipe, size, steps, warmup):
     assert (arguments["name"], arguments["momentum"], arguments["weight_decay"]) == ("sgd", 0.9, 0.0)
     assert arguments["gradient_clip"] == {"global_norm": 10.0}
     schedule = create_schedule(**arguments["learning_rate"], total_steps=steps)
-    assert schedule(warmup) == pytest.approx(0.003)
-    assert schedule(warmup // 2) == pytest.approx(0.0015)
+    assert schedule(warmup) == pytest.approx(peak)
+    assert schedule(warmup // 2) == pytest.approx(peak / 2)
     # Half-way through the cosine the rate is the mean of its ends.
-    assert schedule((warmup + steps) // 2) == pytest.approx((0.003 + 1e-5) / 2)
+    assert schedule((warmup + steps) // 2) == pytest.approx((peak + 1e-5) / 2)
     assert schedule(steps) == pytest.approx(1e-5)
 
 
@@ -158,6 +158,16 @@ def test_evaluation_prepares_images_as_the_run_that_is_fine_tuned(trained, tmp_p
 # -- the head ----------------------------------------------------------------------------------------------------
 
 TEN, OTHER = tuple("abcdefghij"), tuple("abcdefghiz")
+
+
+@pytest.mark.parametrize(("head", "width"), [("new", None), ("keep", 24)])
+def test_pre_logits_goes_with_the_head(trained, tmp_path, head, width):
+    config = vm.load(trained / "model").config.replace(representation_size=24)
+    vm.create_model(config).save_pretrained(tmp_path / "wide")
+    few = ["--set", "data.train_split=train[:100]", "--set", "data.eval_split=test[:100]"]
+    arguments = ["--data", "fashion-mnist", "--steps", "1", "--head", head, *few]
+    assert finetune(tmp_path / "wide", tmp_path / "tuned", *arguments) == 0
+    assert vm.load(tmp_path / "tuned" / "model").config.representation_size == width
 
 
 @pytest.mark.parametrize(

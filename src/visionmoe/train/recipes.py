@@ -152,7 +152,7 @@ def finetune(init_from: str, init_config: str | None = None) -> TrainConfig:
     """
     image_size, in_channels = _stored_size(init_from, init_config)
     data = DataConfig(image_size=image_size, in_channels=in_channels, batch_size=64, crop="inception")
-    config = _finetuning("finetune", init_from, init_config, data, steps=2_000, warmup_steps=100)
+    config = _finetuning("finetune", init_from, init_config, data, 3e-3, steps=2_000, warmup_steps=100)
     return dataclasses.replace(config, model_options={}, eval_every=500, checkpoint_every=250)
 
 
@@ -167,18 +167,19 @@ def finetune_imagenet(init_from: str, init_config: str | None = None) -> TrainCo
         source="folder:data/imagenet", eval_split="val", image_size=384, in_channels=3, batch_size=1024, workers=16,
         crop="inception", cache_mb=0,
     )  # fmt: skip
-    return _finetuning("finetune_imagenet", init_from, init_config, data, steps=10_000, warmup_steps=500)
+    return _finetuning("finetune_imagenet", init_from, init_config, data, 3e-3, steps=10_000, warmup_steps=500)
 
 
 def finetune_cifar10(init_from: str, init_config: str | None = None) -> TrainConfig:
-    """Fine-tuning on CIFAR-10 at 128 px, google-research/vmoe: about 1,000 steps of 1024 images.
+    """Fine-tuning on CIFAR-10 at 128 px, google-research/vmoe: 1,000 steps of 1024 images, at half of ImageNet's rate.
 
     `visionmoe finetune vmoe_b16_imagenet21k_randaug_strong --recipe finetune_cifar10 --data parquet:PATH`.
+    Published: B/16 98.7 % top-1, mean of three seeds, on the original images.
     """
     data = DataConfig(
         source="torchvision:CIFAR10", image_size=128, in_channels=3, batch_size=1024, crop="inception", workers=4
     )
-    return _finetuning("finetune_cifar10", init_from, init_config, data, steps=1_000, warmup_steps=100)
+    return _finetuning("finetune_cifar10", init_from, init_config, data, 1.5e-3, steps=1_000, warmup_steps=100)
 
 
 FROM_SCRATCH: dict[str, Callable[[str | None], TrainConfig]] = {
@@ -262,9 +263,9 @@ def _adafactor(num_experts: int) -> OptimizerConfig:
 
 
 def _finetuning(
-    name: str, init_from: str, init_config: str | None, data: DataConfig, steps: int, warmup_steps: int
+    name: str, init_from: str, init_config: str | None, data: DataConfig, rate: float, steps: int, warmup_steps: int
 ) -> TrainConfig:
-    schedule = ScheduleConfig("warmup_cosine_decay", peak_value=3e-3, end_value=1e-5, warmup_steps=warmup_steps)
+    schedule = ScheduleConfig("warmup_cosine_decay", peak_value=rate, end_value=1e-5, warmup_steps=warmup_steps)
     return TrainConfig(
         recipe=name,
         out=f"runs/{name}",

@@ -191,6 +191,10 @@ def _model(
     final, options = _with_options(stored.config, {**config.model_options, **fixed})
     head = decide_head(config.new_head, stored.config, final, stored.class_names, class_names)
     notes.append(head.reason)
+    if head.new and final.representation_size and "representation_size" not in config.model_options:
+        # arXiv 2010.11929, section 3.1, and google-research/vmoe: fine-tuned heads are one linear layer
+        options["representation_size"], final = None, final.replace(representation_size=None)
+        notes.append("pre_logits is left out: it belongs to the old head")
     if head.new and config.steps == 0:
         notes.append("0 steps: a head that was not trained classifies no better than chance")
     if current().size > 1 and not head.new and stored.config.replace(moe=final.moe) == final:
