@@ -124,6 +124,14 @@ def test_the_floor_is_operations_over_the_best_rate_plus_bytes_over_bandwidth():
     assert ceilings.floor_ms(row, full[:3]) is None
 
 
+def test_the_figure_at_the_floor():
+    # 4 ms beside 5 ms: 0.8; in 3 ms it would be 0.6. 8 images in 4 ms are 2,000 a second, in 2 ms 4,000.
+    row = {"unit": "ratio", "value": 0.8, "ms": 4.0, "reference_ms": 5.0}
+    assert ceilings.at_floor(row, 3.0) == pytest.approx(0.6)
+    assert ceilings.at_floor({"unit": "images/s", "value": 2000.0, "ms": 4.0, "reference_ms": 1.0}, 2.0) == 4000.0
+    assert ceilings.at_floor(row, None) is None and ceilings.at_floor(row | {"unit": "share"}, 3.0) is None
+
+
 def test_fast_models_are_those_of_their_config_and_balanced():
     config = build.config_of("s16", "every2 e8", quick=True)
     assert config.moe.layers == (1,) and config.moe.num_experts == 8

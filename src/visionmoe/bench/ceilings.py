@@ -84,3 +84,15 @@ def floor_ms(row: Mapping[str, Any], ceilings: Sequence[Mapping[str, Any]]) -> f
     if not row["flops"] or not rates or not copies:
         return None
     return 1e3 * (row["flops"] / (1e9 * max(rates)) + row["bytes"] / (1e9 * max(copies)))
+
+
+def at_floor(row: Mapping[str, Any], floor: float | None) -> float | None:
+    """A row's figure if its call took the floor (ms) and what it is compared with what it took.
+
+    None for figures that are not of one call's time, and without a floor.
+    """
+    if floor is None or not row["ms"]:
+        return None
+    if row["unit"] == "ratio" and row["reference_ms"]:
+        return floor / row["reference_ms"]
+    return row["value"] * row["ms"] / floor if row["unit"] == "images/s" else None

@@ -40,13 +40,14 @@ def table(title: str, rows: Rows) -> Table:
     result.add_column("what", overflow="fold", ratio=1)
     for name in ("dtype", "measured", "target", "met"):
         result.add_column(name)
-    for name in ("ms", "compared with, ms", "floor, ms"):
+    for name in ("ms", "compared with, ms", "floor, ms", "at the floor"):
         result.add_column(name, justify="right")
     for row in rows:
         met = "" if row["met"] is None else ("yes" if row["met"] else "NO")
         result.add_row(
             row["what"], row["dtype"], shown(row), row["target"] or "", met,
             *(_ms(row[name]) for name in ("ms", "reference_ms", "floor_ms")),
+            "" if row["at_floor"] is None else shown({**row, "value": row["at_floor"]}),
         )  # fmt: skip
     return result
 

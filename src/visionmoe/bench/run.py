@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import visionmoe
-from visionmoe.bench.ceilings import floor_ms
+from visionmoe.bench.ceilings import at_floor, floor_ms
 from visionmoe.bench.measure import Case, LeftOutError, Row, Setup
 from visionmoe.evaluate.timing import device_name
 from visionmoe.files import finite, read_json, write_json
@@ -64,10 +64,13 @@ class Results:
         return case_rows
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows with their section, and with the floor where the ceilings are measured."""
+        """All rows with their section, and with the floor and their figure at it where the ceilings are measured."""
         rows = [{"section": case["section"], **row} for case in self.cases for row in case["rows"]]
         full = [row for row in rows if row["section"] == "ceilings"]
-        return [row | {"floor_ms": floor_ms(row, full)} for row in rows]
+        floors = [floor_ms(row, full) for row in rows]
+        return [
+            row | {"floor_ms": floor, "at_floor": at_floor(row, floor)} for row, floor in zip(rows, floors, strict=True)
+        ]
 
     def write(self) -> None:
         rows = self.rows()
