@@ -121,7 +121,7 @@ def _packs(weight: Tensor, x: Tensor, rows: int) -> bool:
     if size > MAX_PACKED_BYTES or not weight.is_contiguous() or weight.is_inference() or not _can_use(x, weight):
         return False
     few = rows <= PACKED_ROWS or mkl_is_slow()
-    return x.dtype == torch.bfloat16 or (few and weight[0].numel() >= PACKED_SIZE)
+    return x.dtype == torch.bfloat16 or (few and weight.numel() >= PACKED_SIZE * len(weight))
 
 
 def _sample(weight: Tensor) -> Tensor:
