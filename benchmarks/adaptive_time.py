@@ -8,7 +8,7 @@ repetitions; `ratio` is the median of the ratios to it of the same round. Target
 measured by `visionmoe bench --sections adaptive`.)
 
 Routers of random models prefer some experts. So that C = 1 keeps nearly all requests, as in a trained model, gates get
-zero weights and the tokens' choices come from the training noise.
+weights that choose evenly (`visionmoe.bench.build.settle_gates`).
 """
 
 import argparse
@@ -20,13 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import visionmoe as vm
+from visionmoe.bench.build import settle_gates
 from visionmoe.config import MoEConfig, RoutingSetting
 from visionmoe.evaluate.timing import device_name
 from visionmoe.files import write_json
-from visionmoe.model.router import Router
 
 MODEL_TARGET = 0.05
 
@@ -66,8 +65,8 @@ def model_rows(arguments: argparse.Namespace) -> list[dict]:
     rows = []
     for name, (config, batch) in models.items():
         torch.manual_seed(0)
-        model = balanced(vm.create_model(config))
         images = torch.rand(batch, 3, *config.image_hw) * 2 - 1
+        model = settle_gates(vm.create_model(config), images)
         flops = {}
         calls = {}
         for key, setting in settings.items():
@@ -96,16 +95,6 @@ def model_call(model: vm.VisionTransformer, images: torch.Tensor, setting: Routi
 
 def change(model: vm.VisionTransformer, setting: RoutingSetting) -> None:
     model.set_routing(setting.num_selected_experts, setting.capacity_factor, setting.batch_priority)
-
-
-def balanced(module: nn.Module) -> nn.Module:
-    """Evaluation mode but for the routers, whose noise alone chooses: all experts are as likely."""
-    module.eval()
-    for router in module.modules():
-        if isinstance(router, Router):
-            nn.init.zeros_(router.gate.weight)
-            router.train()
-    return module
 
 
 def in_turns(calls: dict, arguments: argparse.Namespace) -> dict:

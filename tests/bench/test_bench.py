@@ -148,6 +148,21 @@ def test_fast_models_are_those_of_their_config_and_balanced():
     assert metrics["blocks.1.dropped"] < 0.12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_settled_gates_choose_evenly_without_noise(dtype: torch.dtype):
+    config = build.config_of("s16", "every2 e8", quick=True)
+    images = models.random_images(config, 64, dtype, CPU)
+    model = build.settle_gates(build.build_model(config, dtype, CPU), images[:32])
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():
+        first, again, other = (model(own).metrics for own in (images[:32], images[:32], images[32:]))
+    assert torch.equal(first["blocks.1.expert_load"], again["blocks.1.expert_load"])
+    # 32 * 17 tokens, K 2: 136 requests an expert, by chance give or take 11, of 144 places; images never seen as well
+    for metrics in (first, other):
+        assert metrics["blocks.1.dropped"] < 0.12
+        assert metrics["blocks.1.expert_load"].sub(1 / 8).abs().max() < 4 * 11 / (8 * 136)
+
+
 def test_the_dense_twin_has_equal_operations():
     sparse = build.build_model(build.config_of("s16", "every2 e8", quick=True), torch.float32, CPU)
     config = build.config_of("s16", "dense", quick=True)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from visionmoe.model import packed
 from visionmoe.model.dispatch import run_buffers, run_segments
 from visionmoe.model.experts import Experts
 from visionmoe.model.routing import Routing, expert_choice_routing, normalize_combine_weights, top_k_routing
@@ -129,10 +130,11 @@ def test_routing_is_frozen():
     capacity=st.integers(1, 60) | st.integers(250, 400),
     approximate=st.sampled_from(["tanh", "none"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    packed_size=st.sampled_from([1, packed.PACKED_SIZE]),
     seed=st.integers(0, 2**31),
 )
 def test_segments_with_filled_rows_and_fused_gelu_equal_plain(
-    size, num_experts, dims, capacity, approximate, dtype, seed
+    size, num_experts, dims, capacity, approximate, dtype, packed_size, seed
 ):
     """float32 and bfloat16 fill rows up and, without gradients, fuse GELU into the product: the same numbers."""
     torch.manual_seed(seed)
@@ -147,7 +149,8 @@ def test_segments_with_filled_rows_and_fused_gelu_equal_plain(
     exact = copy.deepcopy(low).double()
     expected, expected_gradients = gradients(run_plain, tokens.double(), logits, exact, make_routing)
     out, grads = gradients(run_segments, tokens, logits, low, make_routing)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "PACKED_SIZE", packed_size)
         fused = run_segments(tokens, make_routing(torch.softmax(logits, -1)), low)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     least = max(1.0, size**0.5 / 4)  # a bias's gradient sums `size` rounded terms, which may cancel
@@ -187,7 +190,7 @@ def test_packed_weights_follow_the_parameters(change):
     routing = top_k_routing(torch.softmax(torch.randn(1, 6, 2), -1), 2, 8, False)
     before = run_segments(tokens, routing, experts)
     weight = experts.fc1.weight
-    assert experts.fc1.packed.of(weight, tokens)[0].is_mkldnn
+    assert experts.fc1.packed.of(weight, tokens, 6)[0].is_mkldnn
     if change == "in place":
         weight.mul_(-2)
     elif change == "one value":
@@ -208,9 +211,9 @@ def test_packed_weights_follow_the_parameters(change):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("capacity", [64, 300])
+@pytest.mark.parametrize("capacity", [62, 300])
 def test_large_float32_products_fuse_gelu(capacity):
-    """64 rows are left as they are, 300 filled up to 304; in both a product has more than 2^27 multiply-adds."""
+    """62 rows, for which weights are packed, are filled up to 64, and 300 to 304, with plain weights."""
     experts = make_experts(2, 512, 4096, torch.float32)
     for parameter in experts.parameters():
         parameter.mul_(0.05)
@@ -219,5 +222,6 @@ def test_large_float32_products_fuse_gelu(capacity):
     with FlopCounterMode(display=False) as counter:
         out = run_segments(tokens, routing, experts)
     # torch's counter sees the experts: 2 experts x rows x 2 products x 512 x 4096 multiply-adds
-    assert counter.get_total_flops() == 2 * (2 * {64: 64, 300: 304}[capacity] * 2 * 512 * 4096)
+    assert counter.get_total_flops() == 2 * (2 * {62: 64, 300: 304}[capacity] * 2 * 512 * 4096)
+    assert bool(experts.fc2.packed._packed) == (capacity == 62)
     torch.testing.assert_close(out, run_plain(tokens, routing, experts), rtol=1e-4, atol=1e-4)

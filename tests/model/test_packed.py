@@ -54,6 +54,23 @@ def test_packed_weights_follow_the_parameter():
     assert layer.weight.grad is not None
 
 
+@torch.no_grad()
+def test_large_float32_weights_are_packed_for_few_rows():
+    """512 x 512 weights are 2^18 values, 511 x 512 fewer; where MKL is fast 256 rows still gain from packing."""
+    torch.manual_seed(0)
+    large, small = Linear(512, 512), Linear(512, 511)
+    rows = torch.randn(2, 129, 512)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "mkl_is_slow", lambda: False)
+        for layer, x in ((small, rows[:1]), (large, rows)):  # 129 rows, 258 rows
+            layer(x)
+            assert layer.packed._packed == []
+        out = large(rows[:, :128], gelu="tanh")
+    assert large.packed._packed[0].is_mkldnn
+    expected = F.gelu(F.linear(rows[:, :128].double(), large.weight.double(), large.bias.double()), approximate="tanh")
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_products_are_counted():
     """2 * 3 * 4 rows * 512 * 300 * 2 operations through oneDNN and through torch's own product."""
     layer, x = Linear(512, 300).bfloat16(), torch.randn(2, 3, 4, 512).bfloat16()

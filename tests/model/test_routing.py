@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visionmoe.config import MoEConfig
 from visionmoe.model import routing
+from visionmoe.model.router import Router
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 6))
 
@@ -171,3 +173,17 @@ def test_load_loss_has_gradient_through_the_threshold():
     logits = torch.randn(1, 6, 4, dtype=torch.float64)
     noisy = (logits + 0.1 * torch.randn_like(logits)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: routing.load_loss(logits, x, 0.25, 2), noisy)
+
+
+@pytest.mark.parametrize("size", [1, 256, 700])
+def test_routers_compute_in_float32_from_any_dtype(size):
+    """bfloat16 tokens are exact in float32 and float64; without gradients they are cast in parts of 256."""
+    router = Router(MoEConfig(num_experts=5, layers=(0,)), 12)
+    router.reset_parameters()
+    x = torch.randn(2, size, 12).bfloat16()
+    expected = torch.softmax(x.double() @ router.gate.weight.double().t(), -1)[:, None]
+    with torch.no_grad():
+        parts = router.probabilities(x)
+    for probs in (parts, router.probabilities(x)):
+        assert probs.dtype == torch.float32
+        torch.testing.assert_close(probs.double(), expected, rtol=1e-5, atol=1e-6)

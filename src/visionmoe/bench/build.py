@@ -52,7 +52,8 @@ def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     """A model in evaluation mode whose tokens choose among the experts evenly.
 
     Weights are normal(0.02), biases 0; the experts of a layer start alike, so that billions of parameters are made in
-    seconds. Routers of random models would prefer some experts: here the gates are 0 and the training noise chooses.
+    seconds. Routers of random models would prefer some experts: here the gates are 0 and the training noise chooses,
+    until `settle_gates`.
     """
     with torch.device("meta"):
         model = create_model(config).to(dtype)
@@ -82,6 +83,31 @@ def balanced(model: VisionTransformer) -> VisionTransformer:
     for module in model.modules():
         if isinstance(module, Router):
             module.train()
+    return model
+
+
+@torch.no_grad()
+def settle_gates(model: VisionTransformer, images: torch.Tensor) -> VisionTransformer:
+    """Evaluation mode without any noise, as in service, with gates that still choose the experts evenly.
+
+    Each gate gets random rows, at right angles to the mean token that it sees for `images` (B, C, H, W), and mixed so
+    that its logits of these tokens are uncorrelated and of variance 1: the experts are alike.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def settle(router: Router, inputs: tuple[torch.Tensor, ...]) -> None:
+        tokens = inputs[0].flatten(0, -2).float()
+        mean = tokens.mean(dim=0)
+        rows = torch.randn(router.gate.weight.shape, generator=generator).to(tokens)
+        rows -= torch.outer(rows @ mean, mean) / mean.square().sum()
+        logits = tokens @ rows.t()
+        factor = torch.linalg.cholesky(logits.t() @ logits / len(logits))
+        router.gate.weight.copy_(torch.linalg.solve_triangular(factor, rows, upper=False))
+
+    hooks = [m.register_forward_pre_hook(settle) for m in model.modules() if isinstance(m, Router)]
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
     return model
 
 

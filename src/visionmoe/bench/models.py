@@ -1,6 +1,7 @@
 """Whole models against the dense ones of the same size: images per second, training steps, one image's latency."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from visionmoe.bench.build import (
     config_of,
     needed_bytes,
     num_parameters,
+    settle_gates,
     size_text,
     widen,
     widened,
@@ -39,6 +41,7 @@ INFERENCE_LIMITS = {"bfloat16": 15.0, "float32": 8.0}
 HALF_LIMIT = 20.0  # of bfloat16 with batch-priority routing at C 0.5
 TRAINING_LIMITS = {"bfloat16": 4.0, "float32": 1.8}
 LATENCY_LIMIT = 1.15
+BATCHES = 8  # of different images
 ADAM_TRAFFIC = 9  # times that a training step moves a parameter: two reads, gradient, update of it and two moments
 
 
@@ -76,17 +79,18 @@ def inference_rows(setup: Setup, size: ModelSize, configs: dict[str, ModelConfig
     """Images per second of forward passes without gradients, weights in `dtype`; the aimed-at model also at C 0.5."""
     batch = size.batch
     models = {name: build_model(config, DTYPES[dtype], setup.device) for name, config in configs.items()}
-    images = random_images(configs["dense"], batch, DTYPES[dtype], setup.device)
+    images = random_images(configs["dense"], BATCHES * batch, DTYPES[dtype], setup.device).split(batch)
     calls: dict[str, Callable[[], Any]] = {name: _forward(model, images) for name, model in models.items()}
     flops = {name: batch * count_flops(model, batch_size=batch) for name, model in models.items()}
-    sparse = models[_sparse(configs)]
+    sparse = settle_gates(models[_sparse(configs)], images[0])
     usual = sparse.config.moe.routing()
     half = f"{_sparse(configs)}, batch-priority at C 0.5"
     if (size.name, _sparse(configs)) == AIMED or setup.quick:
+        forward_half = _forward(sparse, images)
 
         def at_half() -> None:
             sparse.set_routing(capacity_factor=0.5, batch_priority=True)
-            sparse(images)
+            forward_half()
             sparse.set_routing(capacity_factor=usual.capacity_factor, batch_priority=usual.batch_priority)
 
         calls[half] = at_half
@@ -139,9 +143,11 @@ def _latency_case(setup: Setup, size: str, variant: str, dtype: str) -> Case:
         flops = count_flops(models["sparse"], batch_size=1)
         widths = widened(sparse, flops, count_flops(models["dense"]))
         widen(models["dense"], widths)
-        images = random_images(dense, 1, DTYPES[dtype], setup.device)
+        images = random_images(dense, BATCHES, DTYPES[dtype], setup.device)
+        settle_gates(models["sparse"], images)
+        calls = {name: _forward(model, images.split(1)) for name, model in models.items()}
         with torch.no_grad():
-            times = in_turns({name: _forward(model, images) for name, model in models.items()}, effort, setup.device)
+            times = in_turns(calls, effort, setup.device)
         text = f"V-MoE-{size_text(size, quick=setup.quick)} {variant}"
         return [
             Row(
@@ -194,8 +200,10 @@ def random_images(config: ModelConfig, batch: int, dtype: torch.dtype, device: t
     return (pixels * 2 - 1).to(device, dtype)
 
 
-def _forward(model: VisionTransformer, images: torch.Tensor) -> Callable[[], Any]:
-    return lambda: model(images)
+def _forward(model: VisionTransformer, batches: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """Calls take the batches one after the other, so that no two in a row route alike."""
+    following = itertools.cycle(batches)
+    return lambda: model(next(following))
 
 
 def training_call(model: VisionTransformer, images: torch.Tensor, dtype: str) -> Callable[[], Any]:

@@ -16,7 +16,7 @@ def count_flops(
     counts where the size of the routing groups is known. A forward pass on segments does less where experts that few
     tokens ask for leave places empty. It does more where the rows of an expert are filled up to a multiple of 16, by at
     most 15 rows per expert and layer: on a CPU in bfloat16, and in inference in float32 where an expert's product is
-    large (from 256 rows on).
+    large (from 256 rows on); in smaller ones with packed weights to a multiple of 4.
 
     image_size: pixels; None is the model's own. batch_size: images of a call, the size of the groups of a model with
     group_size "batch"; None: large, so that rounding does not matter.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from visionmoe.model.packed import linear, uses_onednn
 from visionmoe.model.segments import ROWS, Kept
 
-FILLED_ROWS = 256  # of float32 from which on the fillers do not matter
+FILLED_ROWS = 256  # of float32 from which on fillers up to a multiple of ROWS do not matter
+FEW_ROWS = 4  # what fewer rows of float32 are filled to a multiple of
 
 
 def infer_segments(tokens: Tensor, weights: Tensor, kept: Kept, experts: nn.Module) -> Tensor:
@@ -23,7 +24,7 @@ def infer_segments(tokens: Tensor, weights: Tensor, kept: Kept, experts: nn.Modu
         return torch.zeros_like(tokens)
     fc1: Any = experts.fc1
     fc2: Any = experts.fc2
-    bias1, bias2 = fc1.bias.to(tokens.dtype), fc2.bias.to(tokens.dtype)
+    bias1, bias2 = (layer.bias.to(tokens.dtype).unbind() for layer in (fc1, fc2))
     packed, weights_of = _weights(tokens, kept, experts)
     sizes = [_filled(count, tokens, fc1.weight, packed) for count in kept.counts]
     parts, position = gather_rows(tokens, kept, sizes)
@@ -41,17 +42,17 @@ def _weights(tokens: Tensor, kept: Kept, experts: nn.Module) -> tuple[bool, Iter
         return False, stream.run(kept.counts, tokens)
     fc1: Any = experts.fc1
     fc2: Any = experts.fc2
-    first, second = fc1.packed.of(fc1.weight, tokens), fc2.packed.of(fc2.weight, tokens)
+    rows = len(kept.token) // len(kept.counts)
+    first, second = (layer.packed.of(layer.weight, tokens, rows) for layer in (fc1, fc2))
     own = ((expert, first[expert], second[expert]) for expert, count in enumerate(kept.counts) if count)
     return first[0].is_mkldnn, own
 
 
 def _filled(count: int, tokens: Tensor, weight: Tensor, packed: bool) -> int:
     """How many rows are computed for an expert's `count` requests; see `segments.ROWS`."""
-    fills = packed or (
-        uses_onednn(tokens, weight, count, gelu=True) and (tokens.dtype == torch.bfloat16 or count >= FILLED_ROWS)
-    )
-    return count + -count % ROWS if fills else count
+    if tokens.dtype != torch.bfloat16 and count < FILLED_ROWS:
+        return count + -count % FEW_ROWS if packed else count
+    return count + -count % ROWS if packed or uses_onednn(tokens, weight, count, gelu=True) else count
 
 
 def gather_rows(tokens: Tensor, kept: Kept, sizes: Sequence[int]) -> tuple[Sequence[Tensor], Tensor]:

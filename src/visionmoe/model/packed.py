@@ -1,7 +1,8 @@
 """oneDNN's linear layer on a CPU: GELU inside the product, and weights that are laid out for it once.
 
-oneDNN multiplies by weights in a layout of its own. It would bring them into it on every call, which costs as much as
-the product of a few hundred rows; `PackedWeights` keeps them instead. decisions/0012 has the measurements.
+oneDNN, and MKL too, multiply by weights in a layout of their own. They would bring them into it on every call, which
+costs as much as the product of a few rows (float32) or a few hundred (bfloat16); `PackedWeights` keeps them instead.
+decisions/0012 has the measurements.
 """
 
 import functools
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
 FUSED_PRODUCT = 1 << 27  # multiply-adds of a float32 product from which on a new kernel's making does not matter
-PACKED_SIZE = 1 << 18  # values of a float32 weight from which on packing pays where MKL is slow
+PACKED_SIZE = 1 << 18  # values of a float32 weight from which on packing pays
+PACKED_ROWS = 256  # of a float32 product up to which packing pays where MKL is fast
 MAX_PACKED_BYTES = 512 << 20  # of one stack of weights: larger ones are not held twice
 _SAMPLES_PER_EXPERT = 16
 _LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -36,19 +38,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = No
 
 
 def uses_onednn(x: Tensor, weight: Tensor, rows: int, gelu: bool) -> bool:
-    """Whether oneDNN's product is there for this device and dtype and pays for `rows` times `weight` (..., out, in).
+    """Whether oneDNN's product pays for `rows` times a plain `weight` (..., out, in), and is there.
 
-    In bfloat16 always. In float32 MKL makes products as fast, but not GELU inside them; but for other makers' CPUs
-    than Intel's MKL has no AVX-512 code, there oneDNN makes them all.
+    In bfloat16 always. In float32 MKL makes large products as fast, but not GELU inside them; but for other makers'
+    CPUs than Intel's MKL has no AVX-512 code, there oneDNN makes them all.
     """
+    if not _can_use(x, weight):
+        return False
+    large = rows * weight.shape[-1] * weight.shape[-2] >= FUSED_PRODUCT
+    return x.dtype == torch.bfloat16 or (large and (gelu or mkl_is_slow()))
+
+
+def _can_use(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's linear layer is there for these tensors."""
     if x.device.type != "cpu" or not available():
         return False
     if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter):  # fake, sharded or wrapped
         return False
-    if x.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    large = rows * weight.shape[-1] * weight.shape[-2] >= FUSED_PRODUCT
-    return x.dtype == torch.float32 and large and (gelu or mkl_is_slow())
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -93,23 +100,28 @@ class PackedWeights:
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeights, ()
 
-    def of(self, weight: Tensor, x: Tensor) -> Sequence[Tensor]:
-        """weight (E, out, in) of any dtype -> E weights, packed in the dtype of x, or as they are."""
-        if not self._packs(weight, x):
+    def of(self, weight: Tensor, x: Tensor, rows: int) -> Sequence[Tensor]:
+        """weight (E, out, in) of any dtype -> E weights, packed in the dtype of x, or as they are.
+
+        rows: of x that each of them gets on average.
+        """
+        if not _packs(weight, x, rows):
             return weight.unbind()
-        origin, packed = (weight.data_ptr(), weight._version, x.dtype), self._packed
+        origin = (weight.data_ptr(), weight._version, x.dtype)
         if self._origin != origin or not torch.equal(self._sample, _sample(weight)):
             packed = [pack(part.detach().to(x.dtype)) for part in weight]
-            self._origin, self._sample, self._packed = origin, _sample(weight).clone(), packed
-        return packed
+            # the origin last: until then another thread packs for itself
+            self._packed, self._sample, self._origin = packed, _sample(weight).clone(), origin
+        return self._packed
 
-    def _packs(self, weight: Tensor, x: Tensor) -> bool:
-        size = weight.numel() * x.element_size()
-        if size > MAX_PACKED_BYTES or not weight.is_contiguous() or weight.is_inference():
-            return False
-        if x.dtype == torch.float32:
-            return mkl_is_slow() and weight[0].numel() >= PACKED_SIZE and uses_onednn(x, weight, FUSED_PRODUCT, False)
-        return x.dtype == torch.bfloat16 and uses_onednn(x, weight, 1, False)
+
+def _packs(weight: Tensor, x: Tensor, rows: int) -> bool:
+    """In bfloat16 always. In float32 large weights for few rows, and for any number of them where MKL is slow."""
+    size = weight.numel() * x.element_size()
+    if size > MAX_PACKED_BYTES or not weight.is_contiguous() or weight.is_inference() or not _can_use(x, weight):
+        return False
+    few = rows <= PACKED_ROWS or mkl_is_slow()
+    return x.dtype == torch.bfloat16 or (few and weight.numel() >= PACKED_SIZE * len(weight))
 
 
 def _sample(weight: Tensor) -> Tensor:
@@ -132,7 +144,8 @@ class Linear(nn.Linear):
             out = super().forward(x)
             return out if gelu is None else F.gelu(out, approximate=gelu)
         x = autocast(x)
-        return linear(x, self.packed.of(self.weight[None], x)[0], self.bias.to(x.dtype), gelu)
+        weight = self.packed.of(self.weight[None], x, x.numel() // x.shape[-1])[0]
+        return linear(x, weight, self.bias.to(x.dtype), gelu)
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from visionmoe.model import routing
 from visionmoe.model.noise import normal_like
 from visionmoe.model.routing import Routing
 
+CAST_TOKENS = 256  # that are cast to float32 at a time
+
 
 class Router(nn.Module):
     """Noisy top-K router, optionally of an ensemble (arXiv 2106.05974 section 2.2, 2110.03360), or expert choice.
@@ -32,7 +34,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, setting: RoutingSetting) -> tuple[Routing, Tensor, dict[str, Tensor]]:
         """x: (G, S, D). Returns the routing, the auxiliary loss () and metrics; losses per group (and member)."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self._logits(x.float())  # (G, M, S/M, E/M)
+            logits = self._logits(x)  # (G, M, S/M, E/M)
             noise_std = self.config.router_noise / logits.shape[-1] if self.training else 0.0
             noisy = logits
             if noise_std:
@@ -47,7 +49,7 @@ class Router(nn.Module):
     def probabilities(self, x: Tensor) -> Tensor:
         """Noise-free probabilities of each member's own experts. (G, S, D) -> (G, M, S/M, E/M)."""
         with torch.autocast(x.device.type, enabled=False):
-            return torch.softmax(self._logits(x.float()), dim=-1)
+            return torch.softmax(self._logits(x), dim=-1)
 
     def _logits(self, x: Tensor) -> Tensor:
         """(G, S, D) -> (G, M, S/M, E/M); without an ensemble M is 1."""
@@ -57,8 +59,8 @@ class Router(nn.Module):
             raise ValueError(f"group_size must be a multiple of ensemble_size {members}, got {size}")
         weight = self.gate.weight.float()
         if members == 1:
-            return F.linear(x, weight)[:, None]
-        x = x.view(groups, size // members, members, dim)
+            return _product(x, weight)[:, None]
+        x = x.float().view(groups, size // members, members, dim)
         return torch.einsum("gsmd,med->gmse", x, weight.view(members, -1, dim))
 
     def _losses(self, logits: Tensor, noisy: Tensor, probs: Tensor, noise_std: float, k: int) -> dict[str, Tensor]:
@@ -121,6 +123,18 @@ def _merge_members(single: Routing, members: int) -> Routing:
         num_experts=single.num_experts * members,
         capacity=single.capacity,
     )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in float32, whatever the dtype of x. (G, S, D), (E, D) -> (G, S, E).
+
+    In inference on a CPU other dtypes are cast part by part, so that the product finds the part in the cache.
+    """
+    whole = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if whole or x.dtype == torch.float32:
+        return F.linear(x.float(), weight)
+    parts = [F.linear(part.float(), weight) for part in x.flatten(0, 1).split(CAST_TOKENS)]
+    return torch.cat(parts).view(*x.shape[:2], -1)
 
 
 def _health(result: Routing, probs: Tensor) -> dict[str, Tensor]:

@@ -247,4 +247,5 @@ def gshard_loss(probs: Tensor) -> Tensor:
 
 def _squared_variation(values: Tensor) -> Tensor:
     """(std / mean)^2 over the last axis, with the population's std."""
-    return values.var(dim=-1, correction=0) / values.mean(dim=-1).square()
+    variance, mean = torch.var_mean(values, dim=-1, correction=0)
+    return variance / mean.square()

@@ -41,7 +41,8 @@ class Kept(NamedTuple):
         expert, place = (
             index.reshape(-1).index_select(0, request) for index in (routing.expert_index, routing.buffer_index)
         )
-        token = flat_tokens(routing).view(-1).index_select(0, request)
+        token = flat_tokens(routing) if groups > 1 else routing.token_index
+        token = token.view(-1).index_select(0, request)
         run = expert * groups + request // routing.token_index.shape[1] if groups > 1 else expert  # of (E, G)
         counts = torch.bincount(run, minlength=routing.num_experts * groups).view(-1, groups)  # (E, G)
         if groups > 1:  # buffers are filled from place 0 on

@@ -1,6 +1,5 @@
 """The widest moment of a forward pass without gradients, in bytes; kept is only what some frame still names."""
 
-from visionmoe.config import ModelConfig
 from visionmoe.model import packed
 from visionmoe.plan.layout import Layout
 from visionmoe.plan.work import Routed, Work, routed
@@ -29,7 +28,7 @@ def widest_moment(work: Work, layout: Layout) -> tuple[str, int]:
         else:
             moments[f"{block}.mlp"] = _mlp(work, tokens)
     moment = max(moments, key=lambda name: moments[name])
-    return moment, pixels + moments[moment] + _packed(config, work)
+    return moment, pixels + moments[moment] + _packed(work, layout)
 
 
 def _mlp(work: Work, tokens: int) -> int:
@@ -59,28 +58,39 @@ def _sparse(work: Work, layout: Layout, tokens: int, rows: Routed) -> int:
 
 
 def _fused(work: Work, rows: int) -> bool:
-    """As `packed.uses_onednn` chooses on a CPU."""
+    """Whether GELU is inside the product, as `packed.linear` chooses on a CPU."""
     if work.gpu or not packed.available():
         return False
-    large = rows * work.config.hidden_size * work.config.mlp_dim >= packed.FUSED_PRODUCT
-    return work.compute_bytes < FLOAT or large
+    size = work.config.hidden_size * work.config.mlp_dim
+    return rows * size >= packed.FUSED_PRODUCT or _packs(size, 1, rows, work.compute_bytes)
 
 
-def _packed(config: ModelConfig, work: Work) -> int:
+def _packed(work: Work, layout: Layout) -> int:
     """Copies of weights in oneDNN's layout, which `packed.PackedWeights` keeps on a CPU: all matrices in bfloat16, and
-    the larger ones in float32 where MKL is slow; no stack of more than MAX_PACKED_BYTES."""
-    c = work.compute_bytes
-    if work.gpu or not packed.available() or (c == FLOAT and not packed.mkl_is_slow()):
+    in float32 the larger ones that few rows meet, or all of the larger where MKL is slow; no stack of more than
+    MAX_PACKED_BYTES."""
+    config, images, c = work.config, work.images(layout.devices), work.compute_bytes
+    if work.gpu or not packed.available():
         return 0
-    dim, width, sparse = config.hidden_size, config.mlp_dim, len(config.moe.layers)
-    stacks = [
-        (3 * dim * dim, 1, config.num_layers),
-        (dim * dim, 1, config.num_layers),
-        (dim * width, 1, 2 * (config.num_layers - sparse)),
-        (dim * width, config.moe.num_experts, 2 * sparse),
-    ]
-    return sum(
-        c * size * count * times
-        for size, count, times in stacks
-        if c * size * count <= packed.MAX_PACKED_BYTES and (c < FLOAT or size >= packed.PACKED_SIZE)
-    )
+    dim, width, experts, total = config.hidden_size, config.mlp_dim, config.moe.num_experts, 0
+    copies = 1
+    for layer in range(config.num_layers):
+        sparse = layer in config.moe.layers
+        if sparse and layer == min(config.moe.layers):
+            copies = config.ensemble_size
+        rows = images * copies * config.num_tokens
+        stacks = [(3 * dim * dim, 1, rows), (dim * dim, 1, rows)]
+        if not sparse:
+            stacks += 2 * [(dim * width, 1, rows)]
+        elif config.moe.router != "soft" and layout.ep == 1:  # those run on buffers, through torch's own product
+            stacks += 2 * [(dim * width, experts, routed(config, layer, images).kept // experts)]
+        total += sum(c * size * count for size, count, rows in stacks if _packs(size, count, rows, c))
+    return total
+
+
+def _packs(size: int, count: int, rows: int, item: int) -> bool:
+    """As `packed.PackedWeights` chooses for `count` weights of `size` values, with `rows` rows each."""
+    if item * size * count > packed.MAX_PACKED_BYTES:
+        return False
+    few = rows <= packed.PACKED_ROWS or packed.mkl_is_slow()
+    return item < FLOAT or (few and size >= packed.PACKED_SIZE)
