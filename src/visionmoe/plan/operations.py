@@ -141,15 +141,17 @@ def _router(config: ModelConfig, work: Work, block: str, tokens: int, rows: Rout
 
 def _segments(config: ModelConfig, work: Work, block: str, tokens: int, rows: Routed) -> Operation:
     """`model.segments.SegmentExperts` keeps of every row the values before and behind GELU and the result, the tokens
-    (the router's, or a copy in bfloat16), two indices and a weight per row. Its backward holds one expert's rows at a
-    time: two of its output's width, two of the hidden width, the tokens' (and one expert's weights in bfloat16)."""
+    (the router's, or a copy in bfloat16), two indices and a weight per row, and autocast's copies of the weights. Its
+    backward holds one expert's rows at a time: two of its output's width, two of the hidden width, the tokens' (and in
+    bfloat16 a transposed copy and one gradient)."""
     c, dim, width = work.compute_bytes, config.hidden_size, config.mlp_dim
     row, residual = c * tokens * dim, FLOAT * tokens * dim
     copies = row if c < FLOAT else 0
-    of_expert = c * rows.largest * (2 * width + 3 * dim) + 3 * _cast(dim * width, c)
+    of_expert = c * rows.largest * (2 * width + 3 * dim) + _cast(dim * width + rows.largest * width, c)
+    weights = _cast(2 * config.moe.num_experts * dim * width, c)
     return Operation(
         f"{block}.mlp.experts",
-        copies + c * rows.kept * (2 * width + dim) + rows.kept * (2 * INDEX + FLOAT),
+        copies + c * rows.kept * (2 * width + dim) + rows.kept * (2 * INDEX + FLOAT) + weights,
         row + c * rows.largest * 2 * dim + 5 * INDEX * rows.kept,
         residual + 2 * copies + row + of_expert,
         experts=config.moe.num_experts * (2 * dim * width + width + dim),
