@@ -23,7 +23,7 @@ def applies(x: Tensor) -> bool:
     """Whether an operation on x is to be one of this module: in bfloat16 on a CPU, in eager mode."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or type(x) is not Tensor:
         return False
-    return packed.available() and not torch.compiler.is_compiling()
+    return packed.available() and not torch.compiler.is_compiling() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def transposed(rows: Tensor) -> Tensor:
@@ -81,36 +81,3 @@ class _Attention(torch.autograd.Function):
         grad_scores = torch.ops.aten._softmax_backward_data(grad @ v.transpose(2, 3), probabilities, -1, q.dtype)
         grad_scores *= q.shape[-1] ** -0.5
         return grad_scores @ k, grad_scores.transpose(2, 3) @ q, grad_v
-
-
-class Linear(packed.Linear):
-    """`packed.Linear`; with gradients in bfloat16 on a CPU its weight's gradient is made of transposed rows."""
-
-    def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
-        """(..., in) -> (..., out), behind GELU where its form is given, "tanh" or "none"."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not applies(rows := packed.autocast(x)):
-            return super().forward(x, gelu)
-        self.packed.release()
-        out = _Linear.apply(rows, self.weight, self.bias)
-        return out if gelu is None else F.gelu(out, approximate=gelu)
-
-
-class _Linear(torch.autograd.Function):
-    """(x (..., in), weight (out, in), bias (out,)) -> (..., out) in the dtype of x; parameters may have another."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, cast)
-        ctx.dtype = weight.dtype
-        return packed.linear(x, cast, bias.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_x = (grad_rows @ weight).view(x.shape) if wants_x else None
-        grad_weight = (left_factor(grad_rows) @ rows).to(ctx.dtype) if wants_weight else None
-        return grad_x, grad_weight, grad_rows.sum(dim=0, dtype=ctx.dtype) if wants_bias else None

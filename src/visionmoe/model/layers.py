@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionmoe.config import ModelConfig
-from visionmoe.model.cpu_training import Linear, attention
+from visionmoe.model.cpu_training import attention
 from visionmoe.model.moe import MoE, SoftMoE
+from visionmoe.model.packed import Linear
 
 
 class Attention(nn.Module):
