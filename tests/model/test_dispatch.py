@@ -131,14 +131,18 @@ def test_routing_is_frozen():
     approximate=st.sampled_from(["tanh", "none"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     packed_size=st.sampled_from([1, packed.PACKED_SIZE]),
+    wide=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_segments_with_filled_rows_and_fused_gelu_equal_plain(
-    size, num_experts, dims, capacity, approximate, dtype, packed_size, seed
+    size, num_experts, dims, capacity, approximate, dtype, packed_size, wide, seed
 ):
-    """float32 and bfloat16 fill rows up and, without gradients, fuse GELU into the product: the same numbers."""
+    """float32 and bfloat16 fill rows up and, without gradients, fuse GELU into the product: the same numbers.
+
+    wide: weights are float32 whatever the tokens are, as under autocast.
+    """
     torch.manual_seed(seed)
-    low = make_experts(num_experts, *dims, dtype)
+    low = make_experts(num_experts, *dims, torch.float32 if wide else dtype)
     low.approximate = approximate
     tokens = torch.randn(size, dims[0]).to(dtype)
     logits = torch.randn(1, size, num_experts, dtype=torch.float64)
@@ -154,9 +158,22 @@ def test_segments_with_filled_rows_and_fused_gelu_equal_plain(
         fused = run_segments(tokens, make_routing(torch.softmax(logits, -1)), low)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     least = max(1.0, size**0.5 / 4)  # a bias's gradient sums `size` rounded terms, which may cancel
+    assert [g.dtype for g in grads[2:]] == [p.dtype for p in low.parameters()]
     for got, wanted in zip([out, fused, *grads], [expected, expected, *expected_gradients], strict=True):
         scale = wanted.abs().max().clamp_min(least)
         torch.testing.assert_close(got.double() / scale, wanted / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_change_before_the_backward_pass_are_noticed(dtype):
+    """Also where the forward pass has kept its own copies of them in bfloat16."""
+    experts = make_experts(2, 4, 5, torch.float32)
+    routing = top_k_routing(torch.softmax(torch.randn(1, 6, 2), -1), 1, 8, False)
+    out = run_segments(torch.randn(6, 4).to(dtype), routing, experts)
+    with torch.no_grad():
+        experts.fc2.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_filled_rows_that_overflow_do_not_leak():

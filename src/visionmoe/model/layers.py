@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionmoe.config import ModelConfig
+from visionmoe.model.cpu_training import attention
 from visionmoe.model.moe import MoE, SoftMoE
 from visionmoe.model.packed import Linear
 
@@ -33,7 +34,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)  # 3 of (B, T, H, D/H)
         q, k, v = (part.transpose(1, 2) for part in qkv)  # (B, H, T, D/H)
         rate = self.dropout_rate if self.training else 0.0
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, dropout_p=rate)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=rate) if rate else attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
 
 

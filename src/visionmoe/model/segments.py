@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionmoe.model.cpu_training import gelu, left_factor
+from visionmoe.model.packed import linear
 from visionmoe.model.routing import Routing
 
 ROWS = 16
@@ -95,12 +97,12 @@ class SegmentExperts(torch.autograd.Function):
         out = torch.zeros_like(tokens)
         saved: list[Tensor] = []
         for expert, requests, token in segments.runs():
-            weight1, bias1, weight2, bias2 = _of_expert(parameters, expert, tokens.dtype)
-            before = F.linear(tokens.index_select(0, _filled(token, tokens)), weight1, bias1)
-            hidden = F.gelu(before, approximate=approximate)
-            result = F.linear(hidden, weight2, bias2)[: len(token)]
+            weight1, bias1, weight2, bias2 = (parameter[expert].to(tokens.dtype) for parameter in parameters)
+            before = linear(tokens.index_select(0, _filled(token, tokens)), weight1, bias1)
+            hidden = gelu(before, approximate)
+            result = linear(hidden, weight2, bias2)[: len(token)]
             out.index_add_(0, token, result * weights[requests, None].to(result.dtype))
-            saved += [before, hidden, result]
+            saved += [before, hidden, result, weight1, weight2]
         ctx.segments, ctx.approximate = segments, approximate
         ctx.save_for_backward(tokens, weights, *parameters, *saved)
         return out
@@ -116,8 +118,7 @@ class SegmentExperts(torch.autograd.Function):
         ]
         grad_tokens, grad_weights = torch.zeros_like(tokens), torch.zeros_like(weights)
         for i, (expert, requests, token) in enumerate(ctx.segments.runs()):
-            before, hidden, result = saved[3 * i : 3 * i + 3]
-            weight1, _, weight2, _ = _of_expert(parameters, expert, tokens.dtype)
+            before, hidden, result, weight1, weight2 = saved[5 * i : 5 * i + 5]
             filled, count = _filled(token, tokens), len(token)
             grad_out = grad.index_select(0, filled)
             grad_out[count:] = 0
@@ -137,10 +138,6 @@ def _filled(token: Tensor, tokens: Tensor) -> Tensor:
     return F.pad(token, (0, -len(token) % ROWS)) if fills else token
 
 
-def _of_expert(parameters: Any, expert: int, dtype: torch.dtype) -> list[Tensor]:
-    return [parameter[expert].to(dtype) for parameter in parameters]
-
-
 def _empty_gradient(parameter: Tensor, counts: list[int]) -> Tensor:
     """Memory for a stacked gradient, zero for the experts that have no requests."""
     grad = torch.empty_like(parameter)
@@ -153,9 +150,11 @@ def _empty_gradient(parameter: Tensor, counts: list[int]) -> Tensor:
 def _store(grads: list[Tensor | None], expert: int, grad_out: Tensor, rows: Tensor) -> None:
     """Writes the gradients of one expert's linear layer, out = rows @ weight.T + bias, in their places."""
     weight, bias = grads
-    if weight is not None and weight.dtype == rows.dtype:
-        torch.mm(grad_out.t(), rows, out=weight[expert])
-    elif weight is not None:
-        weight[expert] = grad_out.t() @ rows
+    if weight is not None:
+        left = left_factor(grad_out)
+        if weight.dtype == rows.dtype:
+            torch.mm(left, rows, out=weight[expert])
+        else:
+            weight[expert] = left @ rows
     if bias is not None:
         bias[expert] = grad_out.sum(dim=0)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from visionmoe.config import ModelConfig
+from visionmoe.model.cpu_training import MAX_TOKENS
 from visionmoe.plan.layout import Layout
 from visionmoe.plan.work import Routed, Work, routed
 
@@ -81,8 +82,14 @@ def _attention(config: ModelConfig, work: Work, block: str, tokens: int) -> Iter
                         dense=2 * dim // heads)  # fmt: skip
     # the gradients of q, k and v, and what unbind's backward stacks of them
     yield Operation(f"{block}.attn.unbind", 0, 0, 6 * row + residual)
-    # scaled_dot_product_attention keeps q, k, v, its output and the log of each row's sum
-    yield Operation(f"{block}.attn.sdpa", 4 * row + FLOAT * tokens * heads, 0, 4 * row + residual)
+    if c < FLOAT and not work.gpu and config.num_tokens <= MAX_TOKENS and not config.attention_dropout_rate:
+        # `cpu_training.attention` keeps q, k, v and the probabilities, which it makes of float32 scores; the output is
+        # kept by the product behind it. Gradients of q, k, v and the output, and of the scores twice
+        scores = tokens * heads * config.num_tokens
+        yield Operation(f"{block}.attn.sdpa", 4 * row + c * scores, 2 * FLOAT * scores + row,
+                        4 * row + 2 * c * scores + residual)  # fmt: skip
+    else:  # scaled_dot_product_attention keeps q, k, v, its output and the log of each row's sum
+        yield Operation(f"{block}.attn.sdpa", 4 * row + FLOAT * tokens * heads, 0, 4 * row + residual)
     yield Operation(f"{block}.attn.proj", _cast(dim * dim, c), row + residual, row + (row if cast else 0) + residual,
                     dense=dim * dim + dim)  # fmt: skip
     yield from _dropout(f"{block}.dropout", config.dropout_rate, row)
@@ -141,15 +148,17 @@ def _router(config: ModelConfig, work: Work, block: str, tokens: int, rows: Rout
 
 def _segments(config: ModelConfig, work: Work, block: str, tokens: int, rows: Routed) -> Operation:
     """`model.segments.SegmentExperts` keeps of every row the values before and behind GELU and the result, the tokens
-    (the router's, or a copy in bfloat16), two indices and a weight per row. Its backward holds one expert's rows at a
-    time: two of its output's width, two of the hidden width, the tokens' (and one expert's weights in bfloat16)."""
+    (the router's, or a copy in bfloat16), two indices and a weight per row, and autocast's copies of the weights. Its
+    backward holds one expert's rows at a time: two of its output's width, two of the hidden width, the tokens' (and in
+    bfloat16 a transposed copy and one gradient)."""
     c, dim, width = work.compute_bytes, config.hidden_size, config.mlp_dim
     row, residual = c * tokens * dim, FLOAT * tokens * dim
     copies = row if c < FLOAT else 0
-    of_expert = c * rows.largest * (2 * width + 3 * dim) + 3 * _cast(dim * width, c)
+    of_expert = c * rows.largest * (2 * width + 3 * dim) + _cast(dim * width + rows.largest * width, c)
+    weights = _cast(2 * config.moe.num_experts * dim * width, c)
     return Operation(
         f"{block}.mlp.experts",
-        copies + c * rows.kept * (2 * width + dim) + rows.kept * (2 * INDEX + FLOAT),
+        copies + c * rows.kept * (2 * width + dim) + rows.kept * (2 * INDEX + FLOAT) + weights,
         row + c * rows.largest * 2 * dim + 5 * INDEX * rows.kept,
         residual + 2 * copies + row + of_expert,
         experts=config.moe.num_experts * (2 * dim * width + width + dim),
