@@ -1,5 +1,10 @@
+"""`python -m visionmoe`."""
+
+import signal
 import sys
 
-from visionmoe.cli import main
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` says what it does: no traceback of an import
+
+from visionmoe.cli import main  # noqa: E402
 
 sys.exit(main())

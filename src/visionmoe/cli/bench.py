@@ -7,7 +7,8 @@ from visionmoe.bench.plan import plan
 from visionmoe.bench.report import line, print_tables
 from visionmoe.bench.run import Results, run_all
 from visionmoe.cli.options import Bench, BenchSection
-from visionmoe.cli.shared import choose_device, output_folder, progress
+from visionmoe.cli.shared import output_folder, progress
+from visionmoe.distributed.world import choose_device
 
 
 def run(options: Bench) -> None:

@@ -9,7 +9,7 @@ def run(options: Convert) -> None:
     out = output_folder(options.out)
     results = run_convert(
         ConvertConfig(
-            source=model_folder(options.path),
+            source=model_folder(options.path, or_checkpoint=True),
             out=str(out),
             config=None if options.config is None else str(options.config),
             to=options.to,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -9,19 +10,21 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from visionmoe.distributed.world import LAUNCHED
+from visionmoe.distributed import LAUNCHED
 
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 25  # seconds that ranks get to leave by themselves when one of them has ended
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Runs `python -m visionmoe ARGUMENTS` in so many processes; returns the exit code of the first one that failed.
+    """Runs `python -m visionmoe ARGUMENTS` in so many processes; returns the exit code of the first one that failed, or
+    128 + the number of a signal that asked this process, or one of those, to end.
 
     When one ends, the others are told to, and after 25 seconds made to. When this process is killed itself, they get
     SIGTERM (`world.joined`): no process is left behind.
     """
     _silence()
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,
@@ -32,17 +35,21 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         shutdown_timeout=_PATIENCE,
+        signals_to_handle=",".join(s.name for s in _STOPS if signal.getsignal(s) is not signal.SIG_IGN),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "visionmoe", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            reason = f"rank {rank} of {processes} was killed ({failure.signal_name()})"
-            print(f"visionmoe: {reason}; the others were stopped", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    except SignalException as signal:
-        return 128 + signal.sigval.value
+        if failure.exitcode > 0:
+            return failure.exitcode
+        if -failure.exitcode in _STOPS:
+            return 128 - failure.exitcode
+        reason = f"rank {rank} of {processes} was killed ({failure.signal_name()})"
+        print(f"visionmoe: {reason}; the others were stopped", file=sys.stderr)
+        return 1
+    except SignalException as stop:
+        return 128 + stop.sigval.value
     return 0
 
 
