@@ -63,15 +63,14 @@ def run_training(
     Raises ValueError for a config that cannot be run, TrainingDivergedError (a ValueError), OSError for a full disk,
     and LostRankError where another process of the job has ended.
     """
-    with joined():
+    with joined(), full_disk_named(config.out):
         device = own_device(choose_device(config.device))
         with torch.random.fork_rng([device] if device.type == "cuda" else []), stop_on_signals() as stop:
-            with full_disk_named(config.out):
-                trainer = Trainer(prepare(config, resume), dict(evaluators or {}), stop, show_progress)
-                try:
-                    return trainer.run()
-                finally:
-                    trainer.close()
+            trainer = Trainer(prepare(config, resume), dict(evaluators or {}), stop, show_progress)
+            try:
+                return trainer.run()
+            finally:
+                trainer.close()
 
 
 @contextlib.contextmanager
