@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionmoe.checkpoint.load import load
+from visionmoe.checkpoint.load import empty_model, fill_parts, load
 from visionmoe.checkpoint.sharded import latest_good_together
-from visionmoe.checkpoint.sharded_model import read_into_sharded
 from visionmoe.checkpoint.sources import on_disk
 from visionmoe.checkpoint.sources import open_source as open_checkpoint
 from visionmoe.checkpoint.store import list_checkpoints, remove_newer
@@ -196,12 +195,9 @@ def _model(
     notes.append(head.reason)
     if head.new and config.steps == 0:
         notes.append("0 steps: a head that was not trained classifies no better than chance")
-    if current().size > 1 and not head.new and stored.config.replace(moe=final.moe) == final:
-        # each process reads its parts alone; `load` is for what has to be made anew or resized
-        model = skeleton(VisionTransformer, final)
-        model.class_names, model.preprocessing = stored.class_names, stored.preprocessing
-        return model, lambda model: read_into_sharded(stored, None, model.state_dict())
-    seed_everything(config.seed, _INITIALISATION)  # of a new head's or other new parameters
+    if current().size > 1:  # each process reads its own parts
+        model, fresh = empty_model(stored, head.new, options)
+        return model, lambda model: fill_parts(model.state_dict(), stored, final, fresh)
     return load(config.init_from, config.init_config, new_head=head.new, **options), None
 
 
