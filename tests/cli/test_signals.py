@@ -44,14 +44,21 @@ def check_end(job: subprocess.Popen, number: signal.Signals) -> None:
     assert job.returncode == 128 + number
 
 
-@pytest.mark.parametrize("number", LINES, ids=lambda number: number.name)
-@pytest.mark.parametrize("rank", [None, 1], ids=["launcher", "rank"])
-def test_while_ranks_start(number: signal.Signals, rank: int | None, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("number", "rank", "seconds"),
+    [
+        (signal.SIGINT, None, 0.0),
+        (signal.SIGINT, None, 0.7),
+        (signal.SIGTERM, None, 0.7),
+        (signal.SIGTERM, 1, 0.7),
+    ],
+)
+def test_while_ranks_start(number: signal.Signals, rank: int | None, seconds: float, tmp_path: Path):
     """They import torch for seconds: long before a run could save anything."""
     job = started(*TRAINING, "--nproc", "2", "--out", str(tmp_path / "run"))
     wait_until(lambda: len(ranks_of(job.pid)) == 2, job)
     ranks = ranks_of(job.pid)
-    time.sleep(0.5)
+    time.sleep(seconds)
     os.kill(job.pid if rank is None else ranks[rank], number)
     check_end(job, number)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
+    speaks = _is_first() and LAUNCHED not in os.environ  # of signals: of processes that --nproc starts, who starts them
     try:
         if name in ("", "-h", "--help", "help"):
             print(_help())
@@ -64,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "--version":
             print(f"visionmoe {__version__}")
             return DONE
-        with ended_by_signals(_speaks_of_signals()) as started:
+        with ended_by_signals(speaks) as started:
             return _run(name, arguments[1:], started)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        if _speaks_of_signals():
+        if speaks:
             say(number)
         return exit_code(number)
     except BrokenPipeError:  # the reader of our output went away, as in `visionmoe info ... | head`
@@ -122,11 +123,6 @@ def _run(name: str, arguments: list[str], started: Callable[[], None]) -> int:
 def _is_first() -> bool:
     """Whether this process is the only one of its job, or the first."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _speaks_of_signals() -> bool:
-    """Of processes that `--nproc` started none: who started them does."""
-    return _is_first() and LAUNCHED not in os.environ
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """`visionmoe COMMAND --nproc N`: starts the command N times on this machine, as torchrun would."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -38,7 +40,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         signals_to_handle=",".join(s.name for s in _STOPS if signal.getsignal(s) is not signal.SIG_IGN),
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "visionmoe", *arguments)
+        with _ctrl_c_blocked_in_ranks():
+            elastic_launch(config, sys.executable)("-m", "visionmoe", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
@@ -51,6 +54,20 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     except SignalException as stop:
         return 128 + stop.sigval.value
     return 0
+
+
+@contextlib.contextmanager
+def _ctrl_c_blocked_in_ranks() -> Iterator[None]:
+    """Processes that are started within it get Ctrl-C when `visionmoe.__main__` unblocks it: Python's own start would
+    answer it with a traceback. Here another thread takes it meanwhile, for the handler in the main one."""
+    over = threading.Event()
+    threading.Thread(target=over.wait, name="signals", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        over.set()
 
 
 def _silence() -> None:
