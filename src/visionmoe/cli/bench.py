@@ -14,6 +14,8 @@ from visionmoe.distributed.world import choose_device
 def run(options: Bench) -> None:
     from visionmoe.bench import plots  # before the work: matplotlib may be missing
 
+    if not options.sections:
+        raise ValueError(f"sections must name at least one of {', '.join(get_args(BenchSection))}")
     out = output_folder(options.out)
     setup = Setup(choose_device(options.device or "cpu"), options.quick)
     sections = [name for name in get_args(BenchSection) if name in options.sections]

@@ -38,11 +38,19 @@ def output_folder(path: Path, *, of_run: bool = False) -> Path:
         raise OSError(f"cannot write to {path}: {error.strerror}") from None
 
 
+def check_kept(model: str, folder: Path) -> None:
+    """ValueError where the folder that is to be written is the one of the model that is read."""
+    if Path(model).resolve() == folder.resolve():
+        raise ValueError(f"{folder} holds the model that is read, which would be overwritten: give another --out")
+
+
 def model_folder(path: str, *, or_checkpoint: bool = False) -> str:
     """The model of a run, where `path` is a run's folder; else `path`.
 
     ValueError for a run without a model yet, and, unless `or_checkpoint`, for what it resumes from.
     """
+    if not path:
+        raise ValueError("the model's path is empty")
     folder = Path(path)
     if (folder / "model" / CONFIG_NAME).is_file():
         return str(folder / "model")
@@ -92,7 +100,7 @@ def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalL
         raise ValueError("the model has no head (num_classes is None), so it cannot classify")
     given = {
         "source": options.data,
-        "eval_split": options.split or ("test" if options.data else None),
+        "eval_split": "test" if options.split is None and options.data is not None else options.split,
         "eval_batch_size": options.batch_size,
         "workers": options.workers,
     }

@@ -70,8 +70,10 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    if device.type == "meta":
+        raise ValueError(f"device {name!r} cannot be used: it computes nothing")
     return device
 
 
