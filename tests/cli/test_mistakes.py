@@ -113,3 +113,32 @@ def test_a_disk_that_gets_full_is_one_line_that_says_what_is_kept(tmp_path):
     line = f"visionmoe train: cannot write to {out}: File too large; {kept} is kept, resume goes on there"
     assert done.stderr.splitlines()[-1] == line and "Traceback" not in done.stderr
     assert read_json(kept / "state.json")["step"] >= 10
+
+
+REFUSED = {
+    "no path": (["evaluate", ""], "the model's path is empty"),
+    "no name of a model": (["train", "--model", ""], "unknown model ''"),
+    "no name of a split": (["evaluate", "MODEL", "--data", "fashion-mnist", "--split", ""], "''"),
+    "a device without memory": (["evaluate", "MODEL", "--device", "meta"], "device 'meta' cannot be used"),
+    "converting a model onto itself": (["convert", "MODEL", "--out", "MODEL"], "holds the model that is read"),
+    "upcycling a model onto itself": (["upcycle", "MODEL", "--out", "MODEL"], "holds the model that is read"),
+    "shards of one file": (
+        ["convert", "MODEL", "--shards", "2"],
+        "--shards is for --to vmoe, got 2 with --to safetens",
+    ),
+    "a seed without end": (
+        ["upcycle", "MODEL", "--seed", "99999999999999999999"],
+        "seed must be between 0 and 2^63 - 1",
+    ),
+    "nothing to measure": (["bench", "--sections"], "sections must name at least one of ceilings, layer"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_was_accepted_in_silence(mistake, unfinished, tmp_path, capfd):
+    arguments, expected = REFUSED[mistake]
+    arguments = [text.replace("MODEL", str(unfinished.parent / "model")) for text in arguments]
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    before = (unfinished.parent / "model" / "model.safetensors").read_bytes()
+    assert expected in said([*arguments, *out], capfd)
+    assert (unfinished.parent / "model" / "model.safetensors").read_bytes() == before
