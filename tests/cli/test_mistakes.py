@@ -124,7 +124,7 @@ REFUSED = {
     "upcycling a model onto itself": (["upcycle", "MODEL", "--out", "MODEL"], "holds the model that is read"),
     "shards of one file": (
         ["convert", "MODEL", "--shards", "2"],
-        "--shards is for --to vmoe, got 2 with --to safetens",
+        "--shards is for --to vmoe, got 2",
     ),
     "a seed without end": (
         ["upcycle", "MODEL", "--seed", "99999999999999999999"],
