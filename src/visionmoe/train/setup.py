@@ -21,6 +21,7 @@ from visionmoe.data.sources import Source, may_download, open_source
 from visionmoe.distributed.layout import Layout
 from visionmoe.distributed.world import choose_device, current, first_before_others, from_first, own_device
 from visionmoe.files import read_json, write_json
+from visionmoe.model.layers import Attention, Mlp
 from visionmoe.model.skeleton import materialise, skeleton
 from visionmoe.model.vit import ModelOutput, VisionTransformer
 from visionmoe.train.config import TrainConfig, read_config
@@ -83,8 +84,6 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
             f"data.batch_size must be a multiple of accumulation times the number of processes, got "
             f"{config.data.batch_size}, {config.accumulation} and {world.size}"
         )
-    if config.compile and max(parallel.layout.fsdp, parallel.layout.ep) > 1:
-        raise ValueError(f"compile is for one process and data parallel runs, got parallel {config.parallel!r}")
     with first_before_others(when=may_download(config.data.source)):
         source = open_source(config.data.source, config.data.train_split)
     config, notes = resolve(config, source)
@@ -112,7 +111,7 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
         source=source,
         device=device,
         model=model,
-        forward=torch.compile(forward) if config.compile else forward,
+        forward=_compiled(forward, model, parallel.layout) if config.compile else forward,
         optimizer=optimizer,
         ema=ema,
         settings=StepSettings(
@@ -129,6 +128,19 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
         resumed_from=path,
         notes=notes,
     )
+
+
+def _compiled(
+    forward: Callable[[Tensor], ModelOutput], model: VisionTransformer, layout: Layout
+) -> Callable[[Tensor], ModelOutput]:
+    """The forward pass, compiled: as a whole, or, where layers gather parameters or exchange tokens, the attention and
+    the dense MLPs, each by itself (in evaluation, too)."""
+    if max(layout.fsdp, layout.ep) == 1:
+        return torch.compile(forward)
+    for module in model.modules():
+        if isinstance(module, Attention | Mlp):
+            module.compile()
+    return forward
 
 
 def resolve(config: TrainConfig, source: Source) -> tuple[TrainConfig, list[str]]:
