@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM, at any moment of a command: one line, no traceback, the shell's exit code, no process left."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,9 +26,10 @@ def ranks_of(pid: int) -> dict[int, int]:
     """rank -> process id, of those that a launcher has started."""
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            if entry.startswith(b"RANK="):
-                found[int(entry[5:])] = int(child)
+        with contextlib.suppress(OSError):  # of a process that has gone meanwhile
+            for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                if entry.startswith(b"RANK="):
+                    found[int(entry[5:])] = int(child)
     return found
 
 
