@@ -1,6 +1,7 @@
 """Writing files so that a reader sees the old file or the new one, never half of it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -55,6 +56,12 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def disk_fault(error: OSError) -> str | None:
+    """The system's words where it can write no more: a full or read-only disk, a quota, a limit; else None."""
+    faults = (os.strerror(number) for number in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG))
+    return next((text for text in faults if text in str(error)), None)
 
 
 def sha256(path: str | os.PathLike) -> str:

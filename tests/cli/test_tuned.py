@@ -54,7 +54,7 @@ def test_what_can_be_done_with_a_tuned_model(saved: Path, tmp_path: Path, capsys
     capsys.readouterr()
     weights = (tmp_path / "tuned" / "model" / "model.safetensors").stat().st_mtime_ns
     assert main([*tune, out, *images, "--out", out]) == 2
-    assert "holds the model that is tuned, which would be overwritten" in capsys.readouterr().err
+    assert "holds the model that is read, which would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "tuned" / "model" / "model.safetensors").stat().st_mtime_ns == weights
 
 

@@ -20,7 +20,7 @@ def run_job(processes: int, work: Callable[..., Any], folder: Path, *arguments: 
     work: a function of a module, since the processes import it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     context = mp.spawn(_entry, (processes, port, folder, work, arguments), nprocs=processes, join=False)
     assert context is not None
     while not context.join():
@@ -40,7 +40,7 @@ def _entry(rank: int, processes: int, port: int, folder: Path, work: Callable[..
         raise
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]

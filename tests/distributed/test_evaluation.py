@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.distributed.jobs import free_port
 
 SCRIPT = Path(__file__).parent / "evaluations.py"
 NAMES = (
@@ -17,12 +17,6 @@ NAMES = (
     "too many broken", "commands",
 )  # fmt: skip
 ROUNDED = ("experts split", "features of split")  # split experts are computed in parts, which changes the last bits
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def run(folder: Path, processes: int) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """Every layout computes what one process computes on the same global batch."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.distributed.compiling import losses
 from tests.distributed.jobs import run_job
 from tests.distributed.starting import start
 from tests.distributed.training import Case, config_of, train, train_all
@@ -75,6 +77,15 @@ def check(layout: str, processes: int, folder: Path) -> None:
         assert not all(expected["applied"]) if case.bad_step else all(expected["applied"])
         for found in by_rank:
             compare(found[case.name], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ep=2", "fsdp=2"])
+def test_compiled_parts_of_a_divided_model_compute_the_same(layout, tmp_path):
+    for plain, compiled in run_job(2, losses, tmp_path / "job", tmp_path, layout):
+        assert len(plain) == 3 and plain[0] == pytest.approx(math.log(10), abs=1e-4)  # of the new head, all zeros
+        assert plain[2] != plain[0]
+        assert compiled == pytest.approx(plain, rel=1e-5)
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:

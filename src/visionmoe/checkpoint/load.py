@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from visionmoe.checkpoint.mapping import compare, complain, our_shapes
+from visionmoe.checkpoint.parts import inside, part_of
 from visionmoe.checkpoint.resize import resize_pos_embed
+from visionmoe.checkpoint.sharded_model import read_into_sharded
 from visionmoe.checkpoint.sources import Source, open_source
 from visionmoe.config import ModelConfig
 from visionmoe.model.pretrained import empty_tensor
@@ -82,11 +84,29 @@ def fill(state: Mapping[str, Tensor], source: Source, final: ModelConfig, fresh:
     """Gives these parameters of the model `final` their stored values, resized positions, or those of a new head."""
     stored = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in fresh}
     if "pos_embed" in stored and source.config.grid != final.grid:
-        old = torch.empty(our_shapes(source.config)["pos_embed"])
-        source.fill({"pos_embed": old})
-        resized = resize_pos_embed(old, final.num_tokens, old_grid=source.config.grid, new_grid=final.grid)
-        stored.pop("pos_embed").copy_(resized)
+        stored.pop("pos_embed").copy_(_resized_positions(source, final))
     source.fill(stored)
+    _fill_new_head(state, final, fresh)
+
+
+def fill_parts(state: Mapping[str, Tensor], source: Source, final: ModelConfig, fresh: set[str]) -> None:
+    """As `fill`, of parameters of which this process has parts (DTensors): it reads its own. Not collective."""
+    stored = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in fresh}
+    if "pos_embed" in stored and source.config.grid != final.grid:
+        part = part_of("pos_embed", stored.pop("pos_embed"))
+        whole = tuple((0, size) for size in part.shape)
+        part.values.copy_(_resized_positions(source, final)[inside(part.box, whole)])
+    read_into_sharded(source, None, stored)
+    _fill_new_head(state, final, fresh)
+
+
+def _resized_positions(source: Source, final: ModelConfig) -> Tensor:
+    old = torch.empty(our_shapes(source.config)["pos_embed"])
+    source.fill({"pos_embed": old})
+    return resize_pos_embed(old, final.num_tokens, old_grid=source.config.grid, new_grid=final.grid)
+
+
+def _fill_new_head(state: Mapping[str, Tensor], final: ModelConfig, fresh: set[str]) -> None:
     if "head" in fresh and "head.weight" in state:
         state["head.weight"].zero_()
         state["head.bias"].fill_(final.head_bias_init)

@@ -156,10 +156,7 @@ def open_source(
         return ReferenceSource(reader, resolve_config(config))
     if not has_index:
         if path not in PUBLISHED:
-            raise FileNotFoundError(
-                f"{path!r} is neither a directory, nor a checkpoint (no {prefix}.index), nor a published name; "
-                f"published: {', '.join(PUBLISHED)}"
-            )
+            raise _unknown(path)
         prefix = os.fspath(download(path, cache_dir))
     vmoe = VmoeReader(prefix)
     if config is not None:
@@ -170,6 +167,22 @@ def open_source(
     # The configs of some pretraining runs are not public: whether they had this layer the checkpoint says.
     width = vmoe.shapes.get("pre_logits/bias", (None,))[0]
     return ReferenceSource(vmoe, entry.config.replace(representation_size=width))
+
+
+def on_disk(path: str) -> bool:
+    """Whether `path` is one of files that are here; False: it is fetched. FileNotFoundError where it is neither."""
+    if path.startswith(HUB) or (path in PUBLISHED and not os.path.exists(path)):
+        return False
+    if not os.path.exists(path) and not os.path.isfile(f"{path}.index"):
+        raise _unknown(path)
+    return True
+
+
+def _unknown(path: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{path!r} is neither a directory, nor a checkpoint (no {path.removesuffix('.index')}.index), nor a published "
+        f"name; published: {', '.join(PUBLISHED)}"
+    )
 
 
 def resolve_config(config: ModelConfig | str | os.PathLike) -> ModelConfig:

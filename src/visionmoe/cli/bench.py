@@ -7,12 +7,15 @@ from visionmoe.bench.plan import plan
 from visionmoe.bench.report import line, print_tables
 from visionmoe.bench.run import Results, run_all
 from visionmoe.cli.options import Bench, BenchSection
-from visionmoe.cli.shared import choose_device, output_folder, progress
+from visionmoe.cli.shared import output_folder, progress
+from visionmoe.distributed.world import choose_device
 
 
 def run(options: Bench) -> None:
     from visionmoe.bench import plots  # before the work: matplotlib may be missing
 
+    if not options.sections:
+        raise ValueError(f"sections must name at least one of {', '.join(get_args(BenchSection))}")
     out = output_folder(options.out)
     setup = Setup(choose_device(options.device or "cpu"), options.quick)
     sections = [name for name in get_args(BenchSection) if name in options.sections]

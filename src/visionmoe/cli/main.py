@@ -5,12 +5,15 @@ import ctypes
 import importlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from visionmoe import __version__
 from visionmoe.cli import options
-from visionmoe.cli.parse import UsageError, closest, one_line, parse
+from visionmoe.cli.parse import UsageError, closest, expanded_shards, one_line, parse
+from visionmoe.cli.signals import SIGNALS, Stopped, ended_by_signals, exit_code, say
+from visionmoe.distributed import LAUNCHED
 
 # command -> (its options, the module whose function `run(options)` does it)
 COMMANDS = {
@@ -35,7 +38,7 @@ EXTRAS = {
     "datasets": "data",
     "pyarrow": "data",
 }
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, MISTAKE = 0, 1, 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -47,12 +50,14 @@ class _StandardError(logging.Handler):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 when it did what was asked, 2 for a user's mistake, 130 for Ctrl-C, else 1.
+    """Runs one command. Returns 0 when it did what was asked, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM,
+    else 1.
 
     With the environment variable VISIONMOE_DEBUG set, errors keep their traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
+    speaks = _is_first() and LAUNCHED not in os.environ  # of signals: of processes that --nproc starts, who starts them
     try:
         if name in ("", "-h", "--help", "help"):
             print(_help())
@@ -60,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "--version":
             print(f"visionmoe {__version__}")
             return DONE
-        return _run(name, arguments[1:])
-    except KeyboardInterrupt:
-        if _is_first():
-            print("\nvisionmoe: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        with ended_by_signals(speaks) as started:
+            return _run(name, arguments[1:], started)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        if speaks:
+            say(number)
+        return exit_code(number)
     except BrokenPipeError:  # the reader of our output went away, as in `visionmoe info ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("VISIONMOE_DEBUG") or not _is_mistake(error):
             raise
         command = f"visionmoe {name}" if name in COMMANDS else "visionmoe"
-        print(f"{command}: {_message(error)}", file=sys.stderr)
+        print(f"{command}: {_message(error)}{expanded_shards(arguments)}", file=sys.stderr)
         return MISTAKE
     except (RuntimeError, MemoryError) as error:
         if type(error).__name__ == "LostRankError":
@@ -86,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run(name: str, arguments: list[str], started: Callable[[], None]) -> int:
+    """started: is called when what is imported before the work is there."""
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}; {closest(name, COMMANDS)}")
     kind, module = COMMANDS[name]
@@ -99,10 +107,17 @@ def _run(name: str, arguments: list[str]) -> int:
         if processes > 1:
             from visionmoe.distributed.launch import launch
 
-            return launch(processes, [name, *arguments])
+            started()
+            code = launch(processes, [name, *arguments])
+            for number in SIGNALS:
+                if code == exit_code(number):
+                    raise Stopped(number)
+            return code
     keep_freed_memory()
     with _first_speaks(), warnings_on_stderr(), _job():
-        return importlib.import_module(module).run(chosen) or DONE
+        command = importlib.import_module(module)
+        started()
+        return command.run(chosen) or DONE
 
 
 def _is_first() -> bool:

@@ -54,6 +54,14 @@ def unboxed(text: str) -> str:
     return message.rstrip(".") + (f"; did you mean {meant[0].rstrip(',')}?" if meant else "")
 
 
+def expanded_shards(arguments: Sequence[str]) -> str:
+    """A hint, where the shell has made several arguments of wds:NAME-{000..127}.tar; else nothing."""
+    shards = [re.sub(r"\d+", "", text) for text in arguments if text.startswith("wds:")]
+    if len(shards) == len(set(shards)):
+        return ""
+    return "; the shell has taken a pattern of shards apart: quote it, as 'wds:NAME-{000..127}.tar'"
+
+
 def one_line(text: str) -> str:
     return " ".join(text.split())
 

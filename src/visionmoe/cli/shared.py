@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from visionmoe.checkpoint.load import load
+from visionmoe.checkpoint.sources import on_disk
+from visionmoe.checkpoint.store import FOLDER, MANIFEST_NAME, list_checkpoints
 from visionmoe.checkpoint.streaming import load_streamed
 from visionmoe.cli.options import ModelOnImages
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
-from visionmoe.data.sources import KINDS
-from visionmoe.distributed.world import current, first_before_others, own_device
-from visionmoe.model.hub import first_line
+from visionmoe.data.sources import KINDS, may_download
+from visionmoe.distributed.world import choose_device, current, first_before_others, own_device
+from visionmoe.model.pretrained import CONFIG_NAME
 from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.config import read_config
 
@@ -29,22 +29,46 @@ def output_folder(path: Path, *, of_run: bool = False) -> Path:
     """
     if not of_run and (path / "checkpoints").is_dir():
         raise ValueError(f"--out {path} is the folder of a training run, whose results.json is its own: give another")
-    path.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryFile(dir=path):
-            return path
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\0" * 4096)  # a full disk still makes files
+        return path
     except OSError as error:  # tempfile's own message names a file that the user has never heard of
-        raise OSError(error.errno, f"the output folder cannot be written ({error.strerror})", str(path)) from None
+        raise OSError(f"cannot write to {path}: {error.strerror}") from None
 
 
-def model_folder(path: str) -> str:
-    """The model of a run, where `path` is a run's folder; else `path`. ValueError for a run without a model yet."""
-    of_run = Path(path) / "model"
-    if (of_run / "config.json").is_file():
-        return str(of_run)
-    if (Path(path) / "checkpoints").is_dir():
-        raise ValueError(f"the run in {path} has not finished: it has no folder model yet; resume it first")
+def check_kept(model: str, folder: Path) -> None:
+    """ValueError where the folder that is to be written is the one of the model that is read."""
+    if Path(model).resolve() == folder.resolve():
+        raise ValueError(f"{folder} holds the model that is read, which would be overwritten: give another --out")
+
+
+def model_folder(path: str, *, or_checkpoint: bool = False) -> str:
+    """The model of a run, where `path` is a run's folder; else `path`.
+
+    ValueError for a run without a model yet, and, unless `or_checkpoint`, for what it resumes from.
+    """
+    if not path:
+        raise ValueError("the model's path is empty")
+    folder = Path(path)
+    if (folder / "model" / CONFIG_NAME).is_file():
+        return str(folder / "model")
+    if (folder / FOLDER).is_dir() or (folder / "log.jsonl").is_file():
+        checkpoints = list_checkpoints(folder)
+        instead = f", or convert its checkpoint: {_converting(checkpoints[-1][1])}" if checkpoints else ""
+        raise ValueError(f"the run in {path} has not finished: it has no folder model yet; resume it{instead}")
+    if folder.name == FOLDER and list_checkpoints(folder.parent):
+        raise ValueError(f"{path} holds what a run resumes from, no model: give the run, {folder.parent}")
+    if (folder / MANIFEST_NAME).is_file() and not or_checkpoint:
+        run = folder.parent.parent
+        instead = f"give the run, {run}, or convert it" if (run / "model").is_dir() else "convert it first"
+        raise ValueError(f"{path} is what a run resumes from, no model: {instead}: {_converting(folder)}")
     return path
+
+
+def _converting(checkpoint: Path) -> str:
+    return f"visionmoe convert {checkpoint} --out DIR"
 
 
 def load_model(
@@ -61,19 +85,8 @@ def load_model(
         if config is not None:
             raise ValueError("--stream reads a folder, which has a config of its own: leave --config out")
         return load_streamed(place, device=chosen, **overrides)
-    with first_before_others(when=not any(Path(name).exists() for name in (place, f"{place}.index"))):
+    with first_before_others(when=not on_disk(place)):
         return load(place, config, **overrides).to(chosen)
-
-
-def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from None
-    return device
 
 
 def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalLoader:
@@ -87,7 +100,7 @@ def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalL
         raise ValueError("the model has no head (num_classes is None), so it cannot classify")
     given = {
         "source": options.data,
-        "eval_split": options.split or ("test" if options.data else None),
+        "eval_split": "test" if options.split is None and options.data is not None else options.split,
         "eval_batch_size": options.batch_size,
         "workers": options.workers,
     }
@@ -111,7 +124,7 @@ def evaluation_images(options: ModelOnImages, model: VisionTransformer) -> EvalL
 
 def open_loader(data: DataConfig) -> EvalLoader:
     """The images; of several processes the first one is the first to ask a library that may fetch them."""
-    with first_before_others(when=data.source.startswith(("hf:", "torchvision:"))):
+    with first_before_others(when=may_download(data.source)):
         return EvalLoader(data)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from visionmoe.checkpoint.sources import on_disk
 from visionmoe.cli.evaluation import summary
 from visionmoe.cli.fewshot import fewshot_data
 from visionmoe.cli.options import Finetune, Train
-from visionmoe.cli.shared import data_of_run, model_folder, output_folder
+from visionmoe.cli.shared import data_of_run, model_folder, open_loader, output_folder
 from visionmoe.data.config import DataConfig
-from visionmoe.data.loader import EvalLoader
 from visionmoe.distributed.layout import Layout
 from visionmoe.distributed.world import current, requested
 from visionmoe.evaluate.classify import ClassificationEvaluator
@@ -52,7 +52,7 @@ def train(config: TrainConfig, *, resume: bool) -> dict[str, Any]:
 
 def evaluator_of(config: TrainConfig) -> Evaluator:
     """The evaluator of a run's images, built once."""
-    loader, bf16 = EvalLoader(config.data), config.precision == "bfloat16"
+    loader, bf16 = open_loader(config.data), config.precision == "bfloat16"
     classify = ClassificationEvaluator(loader, autocast=bf16, loss=config.loss, class_names=loader.class_names)
 
     def evaluate(model: nn.Module, step: int) -> Mapping[str, Any]:
@@ -98,9 +98,11 @@ def finetune_config(options: Finetune) -> TrainConfig:
     stored = stored_config(options)
     if stored is not None:
         return changed(as_given(stored, options), options, Path(stored.out))
+    path = model_folder(options.path)
+    on_disk(path)  # before the images are looked at: its mistakes are to be told first
     config = get_finetuning(
         options.recipe or FINETUNING_RECIPE,
-        model_folder(options.path),
+        path,
         None if options.model_config is None else str(options.model_config),
     )
     config = dataclasses.replace(

@@ -4,13 +4,20 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from visionmoe.cli.options import Tune
-from visionmoe.cli.shared import data_of_run, evaluation_images, load_model, model_folder, output_folder, progress
+from visionmoe.cli.shared import (
+    check_kept,
+    data_of_run,
+    evaluation_images,
+    load_model,
+    model_folder,
+    output_folder,
+    progress,
+)
 from visionmoe.cli.sweep import first_batch
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import Slice, Source, open_source
@@ -58,10 +65,7 @@ def run(options: Tune) -> int:
     if options.flops is not None and not math.isfinite(options.flops):
         raise ValueError(f"--flops must be a finite number, got {options.flops}")
     out = output_folder(options.out)
-    if Path(model_folder(options.path)).resolve() == (out / "model").resolve():
-        raise ValueError(
-            f"--out {out} holds the model that is tuned, which would be overwritten: choose another folder"
-        )
+    check_kept(model_folder(options.path), out / "model")
     model = load_model(options.path, options.config, options.device)
     check_tunable(model)
     images = open_images(options, model)

@@ -12,7 +12,7 @@ from visionmoe.checkpoint.dense_sources import TIMM, open_dense, source_kind
 from visionmoe.checkpoint.sources import HUB, Source
 from visionmoe.checkpoint.upcycle import Upcycling, dense_outputs, differences, upcycled
 from visionmoe.cli.options import Upcycle
-from visionmoe.cli.shared import model_folder, output_folder
+from visionmoe.cli.shared import check_kept, model_folder, output_folder
 from visionmoe.config import ModelConfig, to_dict
 from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
@@ -28,9 +28,12 @@ def run(options: Upcycle) -> None:
         raise ValueError(f"images must be >= 1, got {options.images}")
     if options.split is not None and options.data is None:
         raise ValueError(f"--split {options.split} is a part of --data: give both")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"seed must be between 0 and 2^63 - 1, got {options.seed}")
+    path = options.path if options.path.startswith((TIMM, HUB)) else model_folder(options.path)
+    check_kept(path, options.out)
     out = output_folder(options.out)
     started = time.perf_counter()
-    path = options.path if options.path.startswith((TIMM, HUB)) else model_folder(options.path)
     source = open_dense(path, options.config, timm_model=options.timm_model)
     config = upcycling.sparse(source.config)  # before the work: its mistakes are cheap to find
     images = check_images(options, source.config)
@@ -66,7 +69,7 @@ def check_images(options: Upcycle, config: ModelConfig) -> Tensor:
         return torch.rand(shape, generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
     data = DataConfig(
         source=options.data,
-        eval_split=options.split or "test",
+        eval_split="test" if options.split is None else options.split,
         image_size=config.image_size,
         in_channels=config.in_channels,
         eval_batch_size=options.images,

@@ -163,6 +163,11 @@ def open_source(spec: str, split: str = "train") -> Source:
     return Slice(source, slice_indices(start, stop, source.labels))
 
 
+def may_download(spec: str) -> bool:
+    """Whether a library may fetch the images of `spec` before they can be opened."""
+    return spec.startswith(("hf:", "torchvision:"))
+
+
 def open_fashion_mnist(split: str) -> ArraySource:
     """The embedded images (see fashion_mnist.LICENSE.txt); split is "train" or "test"."""
     path = importlib.resources.files("visionmoe.data") / "fashion_mnist.npz"

@@ -13,8 +13,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from visionmoe.distributed import LAUNCHED
+
 T = TypeVar("T")
-LAUNCHED = "VISIONMOE_LAUNCHED"  # environment variable of processes that `launch` started
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 TIMEOUT = datetime.timedelta(minutes=10)  # of one collective call: then a rank is taken to be lost
 _LOST = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "timed out waiting",
@@ -59,6 +60,21 @@ def current() -> World:
     if not dist.is_initialized():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None or "auto": a GPU where there is one. ValueError for one that is not there."""
+    if name in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    if device.type == "meta":
+        raise ValueError(f"device {name!r} cannot be used: it computes nothing")
+    return device
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -108,9 +124,11 @@ def joined() -> Iterator[World]:
 
 
 def _end_with_parent() -> None:
-    """SIGTERM when the process that started this one is gone, however it went (Linux)."""
+    """SIGTERM when the process that started this one is gone, however and whenever it went (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.environ[LAUNCHED] != str(os.getppid()):
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager

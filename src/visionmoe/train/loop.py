@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from visionmoe.checkpoint.sharded import AsyncSaver
 from visionmoe.checkpoint.sharded_model import save_pretrained_sharded
+from visionmoe.checkpoint.store import list_checkpoints
 from visionmoe.config import to_dict
 from visionmoe.data.loader import TrainLoader
-from visionmoe.distributed.world import from_first, gather, joined, own_device
-from visionmoe.files import write_json
+from visionmoe.distributed.world import choose_device, from_first, gather, joined, own_device
+from visionmoe.files import disk_fault, write_json
 from visionmoe.model.flops import count_flops
 from visionmoe.model.pretrained import Preprocessing
 from visionmoe.train.config import TrainConfig
@@ -31,7 +32,7 @@ from visionmoe.train.log import History, Means, RunLog, read_log, router_health
 from visionmoe.train.progress import ProgressLine
 from visionmoe.train.setup import Parts, prepare
 from visionmoe.train.signals import StopRequest, exit_code, stop_on_signals
-from visionmoe.train.state import choose_device, training_state
+from visionmoe.train.state import training_state
 from visionmoe.train.step import StepResult, train_step
 
 Evaluator = Callable[[nn.Module, int], Mapping[str, Any]]
@@ -59,10 +60,10 @@ def run_training(
     or 130. The caller's random state is left as it was.
     In processes that torchrun started the run is theirs together, as config.parallel says: the first one writes, all
     evaluators are called on all of them, and all get the results.
-    Raises ValueError for a config that cannot be run, TrainingDivergedError (a ValueError), and LostRankError where
-    another process of the job has ended.
+    Raises ValueError for a config that cannot be run, TrainingDivergedError (a ValueError), OSError for a full disk,
+    and LostRankError where another process of the job has ended.
     """
-    with joined():
+    with joined(), full_disk_named(config.out):
         device = own_device(choose_device(config.device))
         with torch.random.fork_rng([device] if device.type == "cuda" else []), stop_on_signals() as stop:
             trainer = Trainer(prepare(config, resume), dict(evaluators or {}), stop, show_progress)
@@ -70,6 +71,20 @@ def run_training(
                 return trainer.run()
             finally:
                 trainer.close()
+
+
+@contextlib.contextmanager
+def full_disk_named(out: str) -> Iterator[None]:
+    """Within it, an OSError because no more can be written names the run's folder and says what is there."""
+    try:
+        yield
+    except OSError as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        checkpoints = list_checkpoints(out)
+        kept = f"{checkpoints[-1][1]} is kept, resume goes on there" if checkpoints else "no checkpoint is there yet"
+        raise OSError(f"cannot write to {out}: {fault}; {kept}") from error
 
 
 class Trainer:
@@ -122,7 +137,8 @@ class Trainer:
                 self._evaluate_due()  # the checkpoint is from before this step's evaluation
             batches = iter(loader)
             try:
-                while self.progress.step < self.total and not self._agreed_to_stop():
+                self._agreed_to_stop()
+                while self.progress.step < self.total and not self._stopping:
                     if not self._step(batches):
                         break
             finally:
@@ -211,7 +227,10 @@ class Trainer:
         config, step = self.config, self.progress.step
         if step < self.total and not self._stopping:
             every = {name: config.eval_every for name in self.evaluators} | {FEWSHOT: config.fewshot.every}
-            self._evaluate([name for name in self.evaluators if (n := every[name]) and step % n == 0])
+            due = [name for name in self.evaluators if (n := every[name]) and step % n == 0]
+            self._evaluate(due)
+            if due:  # it may have taken long
+                self._agreed_to_stop()
 
     def _end(self) -> None:
         if self._stopping:

@@ -45,7 +45,7 @@ def fashion_mnist(model: str | None = None) -> TrainConfig:
         checkpoint_every=750,
         log_every=50,
     )
-    return with_model(config, model) if model else config
+    return config if model is None else with_model(config, model)
 
 
 def fashion_mnist_dense(model: str | None = None) -> TrainConfig:
@@ -74,7 +74,7 @@ def cifar10_small(model: str | None = None) -> TrainConfig:
         eval_every=400,
         checkpoint_every=400,
     )
-    return with_model(config, model) if model else config
+    return config if model is None else with_model(config, model)
 
 
 def cifar10_small_dense(model: str | None = None) -> TrainConfig:
@@ -92,7 +92,7 @@ def imagenet21k(model: str | None = None) -> TrainConfig:
     B/16 every 2 201 (85.3 %), L/16 every 2 1,206 (87.4 %), 15B 16,776 (90.35 %).
     vmoe_15b gets Adafactor and the inverse square root schedule.
     """
-    name = model or "vmoe_b16_e8_every2"
+    name = "vmoe_b16_e8_every2" if model is None else model
     config = get_config(name).replace(image_size=224, num_classes=21_843, head_bias_init=-10.0)
     optimizer = _adam(_pretraining_rate(name), warmup_steps=10_000, weight_decay=0.1, linear_to=1e-5)
     if name == "vmoe_15b":
@@ -121,7 +121,7 @@ def imagenet1k(model: str | None = None) -> TrainConfig:
     300 epochs of 1024 images at 224 px, RandAugment(2, 10), mixup 0.2, expert dropout 0.2, decay on matrices only.
     Evaluate it at capacity factor 4. Fine-tuned at 384 px the published model has 75.9 % on ImageNet.
     """
-    name = model or "vmoe_s32_e8_last2"
+    name = "vmoe_s32_e8_last2" if model is None else model
     config = get_config(name).replace(image_size=224, num_classes=1000, head_bias_init=-math.log(1000))
     if config.moe.layers:
         config = config.replace(expert_dropout_rate=0.2)

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionmoe.checkpoint.load import load
+from visionmoe.checkpoint.load import empty_model, fill_parts, load
 from visionmoe.checkpoint.sharded import latest_good_together
-from visionmoe.checkpoint.sharded_model import read_into_sharded
+from visionmoe.checkpoint.sources import on_disk
 from visionmoe.checkpoint.sources import open_source as open_checkpoint
 from visionmoe.checkpoint.store import list_checkpoints, remove_newer
 from visionmoe.config import ModelConfig, MoEConfig, check_names, from_dict, to_dict
-from visionmoe.data.sources import Source, open_source
+from visionmoe.data.sources import Source, may_download, open_source
 from visionmoe.distributed.layout import Layout
-from visionmoe.distributed.world import current, from_first, own_device
+from visionmoe.distributed.world import choose_device, current, first_before_others, from_first, own_device
 from visionmoe.files import read_json, write_json
+from visionmoe.model.layers import Attention, Mlp
 from visionmoe.model.skeleton import materialise, skeleton
 from visionmoe.model.vit import ModelOutput, VisionTransformer
 from visionmoe.train.config import TrainConfig, read_config
@@ -29,7 +30,7 @@ from visionmoe.train.finetuning import decide_head, freeze, layer_decay_factors
 from visionmoe.train.losses import create_loss
 from visionmoe.train.optim import ScheduledOptimizer, create_optimizer
 from visionmoe.train.parallel import Parallel
-from visionmoe.train.state import Progress, choose_device, restore_training
+from visionmoe.train.state import Progress, restore_training
 from visionmoe.train.step import StepSettings, seed_everything
 
 _INITIALISATION = 2**32 - 1  # in the place of a step's number: the seed of the first parameters
@@ -83,9 +84,8 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
             f"data.batch_size must be a multiple of accumulation times the number of processes, got "
             f"{config.data.batch_size}, {config.accumulation} and {world.size}"
         )
-    if config.compile and max(parallel.layout.fsdp, parallel.layout.ep) > 1:
-        raise ValueError(f"compile is for one process and data parallel runs, got parallel {config.parallel!r}")
-    source = open_source(config.data.source, config.data.train_split)
+    with first_before_others(when=may_download(config.data.source)):
+        source = open_source(config.data.source, config.data.train_split)
     config, notes = resolve(config, source)
     _check_folder(config, resume)
     path = latest_good_together(config.out) if resume else None
@@ -111,7 +111,7 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
         source=source,
         device=device,
         model=model,
-        forward=torch.compile(forward) if config.compile else forward,
+        forward=_compiled(forward, model, parallel.layout) if config.compile else forward,
         optimizer=optimizer,
         ema=ema,
         settings=StepSettings(
@@ -128,6 +128,19 @@ def prepare(config: TrainConfig, resume: bool) -> Parts:
         resumed_from=path,
         notes=notes,
     )
+
+
+def _compiled(
+    forward: Callable[[Tensor], ModelOutput], model: VisionTransformer, layout: Layout
+) -> Callable[[Tensor], ModelOutput]:
+    """The forward pass, compiled: as a whole, or, where layers gather parameters or exchange tokens, the attention and
+    the dense MLPs, each by itself (in evaluation, too)."""
+    if max(layout.fsdp, layout.ep) == 1:
+        return torch.compile(forward)
+    for module in model.modules():
+        if isinstance(module, Attention | Mlp):
+            module.compile()
+    return forward
 
 
 def resolve(config: TrainConfig, source: Source) -> tuple[TrainConfig, list[str]]:
@@ -187,7 +200,8 @@ def _model(
     for name in fixed:
         if name in config.model_options:
             raise ValueError(f"model_options cannot hold {name!r}: it follows from the data")
-    stored = open_checkpoint(config.init_from, config.init_config)
+    with first_before_others(when=not on_disk(config.init_from)):
+        stored = open_checkpoint(config.init_from, config.init_config)
     final, options = _with_options(stored.config, {**config.model_options, **fixed})
     head = decide_head(config.new_head, stored.config, final, stored.class_names, class_names)
     notes.append(head.reason)
@@ -197,12 +211,9 @@ def _model(
         notes.append("pre_logits is left out: it belongs to the old head")
     if head.new and config.steps == 0:
         notes.append("0 steps: a head that was not trained classifies no better than chance")
-    if current().size > 1 and not head.new and stored.config.replace(moe=final.moe) == final:
-        # each process reads its parts alone; `load` is for what has to be made anew or resized
-        model = skeleton(VisionTransformer, final)
-        model.class_names, model.preprocessing = stored.class_names, stored.preprocessing
-        return model, lambda model: read_into_sharded(stored, None, model.state_dict())
-    seed_everything(config.seed, _INITIALISATION)  # of a new head's or other new parameters
+    if current().size > 1:  # each process reads its own parts
+        model, fresh = empty_model(stored, head.new, options)
+        return model, lambda model: fill_parts(model.state_dict(), stored, final, fresh)
     return load(config.init_from, config.init_config, new_head=head.new, **options), None
 
 
@@ -234,7 +245,7 @@ def _check_folder(config: TrainConfig, resume: bool) -> None:
     if not list_checkpoints(config.out):
         return
     old, new = _flat(to_dict(read_config(str(stored)))), _flat(to_dict(config))
-    for name in sorted({*old, *new}):
+    for name in sorted({*old, *new}, key=lambda name: (name != "steps", name)):  # other values follow from the steps
         if name not in _FREE and old.get(name) != new.get(name):
             raise ConfigChangedError(
                 f"a resumed run must keep its config: {name} was {old.get(name)!r}, got {new.get(name)!r}"

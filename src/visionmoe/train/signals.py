@@ -28,7 +28,10 @@ def exit_code(name: str | None) -> int:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within it the signals only set the request. Outside the main thread it changes nothing (Python's rule)."""
+    """Within it the signals only set the request; a lost terminal does not where it is ignored, as under nohup.
+
+    Outside the main thread it changes nothing (Python's rule).
+    """
     request, first = StopRequest(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -46,7 +49,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    before = {n: signal.signal(n, handle) for n in _SIGNALS if not (n is signal.SIGHUP and ignored)}
     try:
         yield request
     finally:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from visionmoe.checkpoint.sharded import open_checkpoint
@@ -72,15 +71,3 @@ def _of_state(optimizer: ScheduledOptimizer, numbered: list[Tensor], key: str) -
     """The parameter to which the optimizer's tensor "3.mu" belongs, and how the tensor is divided."""
     number, _, name = key.partition(".")
     return numbered[int(number)], state_placements(optimizer.scaling, numbered[int(number)], name)
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto": a GPU where there is one. ValueError for a device that torch does not have."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device must be auto, cpu, cuda, ... and be there, got {name!r}") from None
-    return device
