@@ -67,12 +67,16 @@ def test_transposed_in_parts():
 
 
 def test_whole_model_has_the_gradients_of_torch(monkeypatch):
-    """A training step's gradients under autocast against the same with torch's operations, and against float32."""
+    """Under autocast, of a dense and a sparse block: as near to the float32 ones as torch's operations come.
+
+    Both experts are chosen for every token, so that no rounding changes the routing.
+    """
     torch.manual_seed(0)
-    model = vm.create_model("vmoe_s32_e8_last2", num_classes=5, image_size=64, num_layers=3, layers=(1,),
-                            hidden_size=64, mlp_dim=128, num_heads=2)  # fmt: skip
+    model = vm.create_model("vit_s32", num_classes=5, image_size=64, num_layers=2, hidden_size=64, mlp_dim=128,
+                            num_heads=2, layers=(1,), num_experts=2, num_selected_experts=2,
+                            capacity_factor=2.0)  # fmt: skip
     model.head.weight.data.normal_(std=0.3)
-    model.eval()  # without noise: the same routing
+    model.eval()  # without noise
     images = torch.randn(4, 3, 64, 64)
 
     def step(bf16):
@@ -89,6 +93,6 @@ def test_whole_model_has_the_gradients_of_torch(monkeypatch):
     names = [n for n in exact if exact[n].norm() > 1e-6 and "router" not in n]
     error = {n: relative(ours[n], exact[n].double()) for n in names}
     usual = {n: relative(torchs[n], exact[n].double()) for n in names}
-    assert len(names) > 30
+    assert len(names) > 20
     for name in names:
         assert error[name] < 1.5 * usual[name] + 0.01, name
