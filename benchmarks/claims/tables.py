@@ -176,7 +176,8 @@ def upcycle(report: Report) -> list[str]:
         f"{_mean(losses):+.4f} ± {_std(losses):.4f} ({', '.join(f'{loss:+.4f}' for loss in losses)}).",
         f"- Recipe `{options['recipe']}`, E {options['num_experts']}, K {options['num_selected_experts']}, "
         f"capacity factor {options['capacity_factor']:g}, blocks {blocks}; peak rate {options['rate']:g} "
-        f"(routers {options['router_rate']:g} times that; dense {options.get('dense_rate') or options['rate']:g}); "
+        f"(routers {options['router_rate']:g} times that, experts {options.get('expert_rate', 1):g}; dense "
+        f"{options.get('dense_rate') or options['rate']:g}); "
         f"{len(report['rows'])} seeds; {report['date']}.",
     ]
 
