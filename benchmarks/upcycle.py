@@ -3,11 +3,11 @@
     python benchmarks/upcycle.py --out benchmarks/results/upcycle_fashion_mnist.json
     python benchmarks/upcycle.py --recipe cifar10_small --data parquet:PATH --out benchmarks/results/upcycle_cifar.json
 
-For every seed a dense ViT (the recipe's model without experts, --set changes it) is trained for --dense-steps. From its parameters two
-runs go on, both with a new optimizer and the same schedule (warm-up, cosine to 0, peak --rate; --dense-rate gives the
-dense one its own): the dense model for --more-steps, and the upcycled one for as many steps as cost the same
-floating-point operations, so for fewer. A run that is interrupted goes on where it was when the command is given again;
-finished runs in --work are not repeated.
+For every seed a dense ViT (the recipe's model without experts; --set changes fields of the recipe) is trained for
+--dense-steps. From its parameters two runs go on, both with a new optimizer and the same schedule (warm-up, cosine to
+0, peak --rate; --dense-rate gives the dense one its own): the dense model for --more-steps, and the upcycled one for as
+many steps as cost the same floating-point operations, so for fewer. A run that is interrupted goes on where it was when
+the command is given again; finished runs in --work are not repeated.
 """
 
 import argparse
