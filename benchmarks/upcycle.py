@@ -3,11 +3,11 @@
     python benchmarks/upcycle.py --out benchmarks/results/upcycle_fashion_mnist.json
     python benchmarks/upcycle.py --recipe cifar10_small --data parquet:PATH --out benchmarks/results/upcycle_cifar.json
 
-For every seed a dense ViT (the recipe's model without experts) is trained for --dense-steps. From its parameters two
-runs go on, both with a new optimizer and the same schedule (warm-up, cosine to 0, peak --rate; --dense-rate gives the
-dense one its own): the dense model for --more-steps, and the upcycled one for as many steps as cost the same
-floating-point operations, so for fewer. A run that is interrupted goes on where it was when the command is given again;
-finished runs in --work are not repeated.
+For every seed a dense ViT (the recipe's model without experts; --set changes fields of the recipe) is trained for
+--dense-steps. From its parameters two runs go on, both with a new optimizer and the same schedule (warm-up, cosine to
+0, peak --rate; --dense-rate gives the dense one its own): the dense model for --more-steps, and the upcycled one for as
+many steps as cost the same floating-point operations, so for fewer. A run that is interrupted goes on where it was when
+the command is given again; finished runs in --work are not repeated.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from visionmoe.cli.training import train
 from visionmoe.config import MoEConfig
 from visionmoe.files import read_json, write_json
 from visionmoe.model.flops import count_flops
-from visionmoe.model.vit import create_model
-from visionmoe.train.config import ScheduleConfig, TrainConfig
+from visionmoe.model.vit import VisionTransformer, create_model
+from visionmoe.train.config import ScheduleConfig, TrainConfig, assign
 from visionmoe.train.recipes import get_recipe
 
 RUNS = ("start", "dense", "upcycled")
@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/upcycle_benchmark"), help="folder of the runs")
     parser.add_argument("--recipe", default="fashion_mnist", choices=("fashion_mnist", "cifar10_small"))
     parser.add_argument("--data", help="images in the place of the recipe's")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the recipe to change")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="others than those on which a setting was chosen")
     parser.add_argument("--dense-steps", type=int, default=750, help="of the dense ViT before it is upcycled")
@@ -62,11 +63,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of both continued runs")
     parser.add_argument("--dense-rate", type=float, help="of the dense one, where another is better for it")
     parser.add_argument("--router-rate", type=float, default=5.0, help="factor on the routers' learning rate")
+    parser.add_argument("--expert-rate", type=float, default=1.0, help="factor on the experts' learning rate")
     parser.add_argument("--layers", type=int, nargs="+", help="blocks that get experts; default: the recipe's")
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--num-selected-experts", type=int, default=1)
     parser.add_argument("--capacity-factor", type=float, default=1.5)
-    parser.add_argument("--router", default="top_k", choices=("top_k", "expert_choice"), help="of the upcycled model")
+    parser.add_argument(
+        "--moe", nargs="+", default=[], metavar="NAME=VALUE", help="fields of MoEConfig to change in the upcycled model"
+    )
     parser.add_argument("--noise", type=float, default=0.3)
     parser.add_argument("--normalize-weights", action=argparse.BooleanOptionalAction, default=False)
     return parser.parse_args()
@@ -74,7 +78,7 @@ def parse() -> argparse.Namespace:
 
 def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
     """Top-1, loss and cost of the three runs of a seed; None when one was interrupted."""
-    recipe = get_recipe(arguments.recipe)
+    recipe = assign(get_recipe(arguments.recipe), arguments.set)
     assert recipe.model is not None
     folder = arguments.work / f"{arguments.recipe}_seed{seed}"
     base = dataclasses.replace(
@@ -108,14 +112,8 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
         "seed": seed,
     }
     models = {"dense": Path(start.out) / "model"}
-    models["upcycled"] = own_folder(folder / "upcycled_start", (start, upcycling, arguments.router))
-    sparse = upcycle(models["dense"], **upcycling)
-    if arguments.router != "top_k":
-        state, routed = sparse.state_dict(), create_model(sparse.config.replace(router=arguments.router))
-        routed.load_state_dict(state)
-        routed.class_names, routed.preprocessing = sparse.class_names, sparse.preprocessing
-        sparse = routed
-    sparse.save_pretrained(models["upcycled"])
+    models["upcycled"] = own_folder(folder / "upcycled_start", (start, upcycling, arguments.moe))
+    with_moe(upcycle(models["dense"], **upcycling), base, arguments.moe).save_pretrained(models["upcycled"])
     flops = {name: count_flops(load(path)) for name, path in models.items()}
     steps = {name: round(arguments.more_steps * flops["dense"] / flops[name]) for name in flops}
     for name, path in models.items():
@@ -136,6 +134,18 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any] | None:
     }
 
 
+def with_moe(model: VisionTransformer, base: TrainConfig, assignments: list[str]) -> VisionTransformer:
+    """The model with fields of its MoEConfig changed, of which no parameter's shape may depend."""
+    if not assignments:
+        return model
+    changed = assign(dataclasses.replace(base, model=model.config), [f"model.moe.{text}" for text in assignments])
+    assert changed.model is not None
+    new = create_model(changed.model)
+    new.load_state_dict(model.state_dict())
+    new.class_names, new.preprocessing = model.class_names, model.preprocessing
+    return new
+
+
 def own_folder(prefix: Path, what: Any) -> Path:
     """A folder that belongs to these settings, so that other settings do not find its results."""
     return prefix.with_name(f"{prefix.name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}")
@@ -145,7 +155,8 @@ def continued(base: TrainConfig, arguments: argparse.Namespace, name: str, model
     """The dense or the upcycled run from trained parameters, with the base's images, loss and decay."""
     rate = arguments.dense_rate if name == "dense" and arguments.dense_rate is not None else arguments.rate
     schedule = ScheduleConfig("warmup_cosine_decay", peak_value=rate, warmup_steps=steps // 20)
-    factors = ((r"router\.gate", arguments.router_rate),) if name == "upcycled" and arguments.router_rate != 1 else ()
+    given = ((r"router\.gate", arguments.router_rate), (r"mlp\.experts\.", arguments.expert_rate))
+    factors = tuple(pair for pair in given if name == "upcycled" and pair[1] != 1)
     optimizer = dataclasses.replace(base.optimizer, learning_rate=schedule, learning_rate_factors=factors)
     return dataclasses.replace(base, model=None, init_from=str(model), optimizer=optimizer, steps=steps)
 

@@ -99,17 +99,33 @@ def test_a_run_of_another_recipe_is_refused(script, tmp_path: Path):
 
 
 def test_each_of_the_upcycling_runs_goes_on_at_its_own_rate(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["upcycle.py", "--out", "x", "--rate", "0.002", "--router-rate", "5"])
+    given = ["--rate", "0.002", "--router-rate", "5", "--expert-rate", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["upcycle.py", "--out", "x", *given])
     script = runpy.run_path(str(ROOT / "benchmarks" / "upcycle.py"))
     recipe = dataclasses.replace(script["get_recipe"]("fashion_mnist"), steps=100, epochs=None)
     for own, dense_rate in ([], 0.002), (["--dense-rate", "0.004"], 0.004):
         monkeypatch.setattr(sys, "argv", [*sys.argv, *own])
         arguments = script["parse"]()
         runs = {name: script["continued"](recipe, arguments, name, Path("m"), 400) for name in ("dense", "upcycled")}
-        # only the upcycled model has routers
+        # only the upcycled model has routers and experts
         assert runs["dense"].optimizer.learning_rate_factors == ()
-        assert runs["upcycled"].optimizer.learning_rate_factors == ((r"router\.gate", 5.0),)
+        assert dict(runs["upcycled"].optimizer.learning_rate_factors) == {r"router\.gate": 5.0, r"mlp\.experts\.": 0.5}
         assert runs["dense"].optimizer.learning_rate.peak_value == dense_rate
         assert runs["upcycled"].optimizer.learning_rate.peak_value == 0.002
         # a twentieth of the steps
         assert {run.optimizer.learning_rate.warmup_steps for run in runs.values()} == {20}
+
+
+def test_the_routing_of_an_upcycled_model_is_changed_and_its_parameters_kept():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "upcycle.py"))
+    recipe = script["get_recipe"]("fashion_mnist")
+    model = script["create_model"](recipe.model)
+    model.class_names = tuple("abcdefghij")
+    changed = script["with_moe"](model, recipe, ["router=expert_choice", "capacity_factor=1"])
+    moe = recipe.model.moe
+    assert changed.config.moe == dataclasses.replace(moe, router="expert_choice", capacity_factor=1.0)
+    assert changed.class_names == model.class_names
+    for name, parameter in model.state_dict().items():
+        assert changed.state_dict()[name].equal(parameter), name
+    with pytest.raises(ValueError, match=r"capacty_factor.*capacity_factor"):
+        script["with_moe"](model, recipe, ["capacty_factor=1"])

@@ -169,14 +169,18 @@ def upcycle(report: Report) -> list[str]:
     gains = [row["top1_upcycled"] - row["top1_dense"] for row in report["rows"]]
     losses = [row["loss_upcycled"] - row["loss_dense"] for row in report["rows"]]
     blocks = ", ".join(map(str, options["layers"])) if options["layers"] else "as in the recipe"
+    changes = "".join(f" `{text}`" for text in options.get("set", []))
+    weights = "normalised" if options.get("normalize_weights") else "not normalised"
     return [
         *table(["", "steps", "added TFLOP", "seconds", "accuracy"], rows),
         "",
         f"- Upcycled less dense, at equal added FLOPs: {points(gains, each=True)}; in loss "
         f"{_mean(losses):+.4f} ± {_std(losses):.4f} ({', '.join(f'{loss:+.4f}' for loss in losses)}).",
-        f"- Recipe `{options['recipe']}`, E {options['num_experts']}, K {options['num_selected_experts']}, "
-        f"capacity factor {options['capacity_factor']:g}, blocks {blocks}; peak rate {options['rate']:g} "
-        f"(routers {options['router_rate']:g} times that; dense {options.get('dense_rate') or options['rate']:g}); "
+        f"- Recipe `{options['recipe']}`{changes and ' with' + changes}; E {options['num_experts']}, "
+        f"K {options['num_selected_experts']}, capacity factor {options['capacity_factor']:g}, blocks {blocks}, noise "
+        f"{options['noise']:g}, weights {weights}; peak rate {options['rate']:g} "
+        f"(routers {options['router_rate']:g} times that, experts {options.get('expert_rate', 1):g}; dense "
+        f"{options.get('dense_rate') or options['rate']:g}); "
         f"{len(report['rows'])} seeds; {report['date']}.",
     ]
 
