@@ -8,7 +8,7 @@ import torch
 
 import visionmoe as vm
 from visionmoe.config import ModelConfig
-from visionmoe.plan.layout import Layout
+from visionmoe.distributed.layout import Layout
 from visionmoe.plan.measure import ask
 from visionmoe.plan.memory import memory
 from visionmoe.plan.operations import operations

@@ -1,7 +1,6 @@
 """Entry point: finds the command, parses its options, and turns every user's mistake into one line and exit code 2."""
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import os
@@ -9,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from visionmoe import __version__
+from visionmoe.allocation import keep_freed_memory
 from visionmoe.cli import options
 from visionmoe.cli.parse import UsageError, closest, one_line, parse
 
@@ -36,7 +36,6 @@ EXTRAS = {
     "pyarrow": "data",
 }
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _StandardError(logging.Handler):
@@ -127,17 +126,6 @@ def _job() -> contextlib.AbstractContextManager:
     from visionmoe.distributed.world import joined
 
     return joined()
-
-
-def keep_freed_memory() -> None:
-    """glibc keeps freed blocks below 1 GiB for the next ones, and does not give them back to the system each time.
-
-    Else the pages of every large activation are cleared anew in every step (benchmarks/LOG.md has what that costs).
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _help() -> str:

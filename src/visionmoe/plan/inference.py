@@ -1,16 +1,16 @@
 """The widest moment of a forward pass without gradients, in bytes; kept is only what some frame still names."""
 
 from visionmoe.config import ModelConfig
+from visionmoe.distributed.layout import Layout
 from visionmoe.model import packed
-from visionmoe.plan.layout import Layout
 from visionmoe.plan.work import Routed, Work, routed
 
 FLOAT, INDEX = 4, 8
 
 
-def widest_moment(work: Work, layout: Layout) -> tuple[str, int]:
-    """(name, bytes beside the parameters): images, activations at that moment, and packed copies of weights."""
-    config, images, c = work.config, work.images(layout.devices), work.compute_bytes
+def widest_moment(work: Work, layout: Layout) -> tuple[str, int, int]:
+    """(name, bytes of images and activations at that moment, bytes of packed copies of weights)."""
+    config, images, c = work.config, work.images(layout.size), work.compute_bytes
     height, width = config.image_hw
     pixels = c * images * config.in_channels * height * width
     moments = {"patch_embed": 3 * c * images * config.num_tokens * config.hidden_size}
@@ -29,7 +29,7 @@ def widest_moment(work: Work, layout: Layout) -> tuple[str, int]:
         else:
             moments[f"{block}.mlp"] = _mlp(work, tokens)
     moment = max(moments, key=lambda name: moments[name])
-    return moment, pixels + moments[moment] + _packed(config, work)
+    return moment, pixels + moments[moment], _packed(config, work)
 
 
 def _mlp(work: Work, tokens: int) -> int:
