@@ -48,7 +48,7 @@ def test_inference_of_one_layout_at_given_rates(tmp_path: Path, capsys: pytest.C
 def test_sizes_are_shown_in_units_that_suit(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert main([*SMALL, "--memory", "1MB", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "memory 1 MB" in text and " of 1 MB; " in text and "0.001" not in text
+    assert "memory 1 MB" in text and " of 1 MB; " in text and "0.001 GB" not in text
 
 
 def test_on_a_cpu_the_process_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -1,7 +1,7 @@
 """Bytes of one device, moment by moment: the peak of a training step or of a call of inference."""
 
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import pairwise
 
 from visionmoe.distributed.layout import Layout
 from visionmoe.plan.inference import widest_moment
@@ -65,25 +65,24 @@ def _passes(
     Each part of an accumulated batch finds the gradients of the parts before it; FSDP divides them behind the last
     part alone. DDP keeps those of whole parameters in its buckets all the time.
     """
-    saved = list(accumulate(step.saved for step in steps))
     dense, experts = own.dense / sizes.dense, own.experts / max(1, sizes.experts)
     if work.accumulation > 1 and layout.fsdp > 1:
         dense, experts = 1.0, 1 / layout.ep
     made = [(round(FLOAT * dense * s.dense), round(FLOAT * experts * s.experts)) for s in steps]
-    buckets = layout.size > 1 and layout.fsdp == 1
-    moments = []
-    for number, step in enumerate(steps):
-        rest = made[number:]
-        kept_dense = sum(d for d, _ in (made if buckets or work.accumulation > 1 else rest))
-        kept_experts = sum(e for _, e in (made if work.accumulation > 1 else rest))
-        before = (kept_dense if buckets or work.accumulation > 1 else 0) + (
-            kept_experts if work.accumulation > 1 else 0
-        )
-        # under autocast a weight's gradient is in bfloat16 first, and what accumulates is added to what is there
-        cast = sum(made[number]) // 2 if work.compute_bytes < FLOAT else 0
-        new = sum(made[number]) if work.accumulation > 1 else made[number][0] if buckets else 0
-        moments.append((saved[number], before, step.made, f"forward {step.name}"))
-        moments.append((saved[number], kept_dense + kept_experts, step.backward + cast + new, f"backward {step.name}"))
+    always = [work.accumulation > 1 or (layout.size > 1 and layout.fsdp == 1)] * 2  # of dense parameters, of experts
+    always[1] = work.accumulation > 1 or (always[0] and layout.ep == 1)
+    whole = [sum(kind) for kind in zip(*made, strict=True)]
+    there = sum(size for size, kept in zip(whole, always, strict=True) if kept)
+    saved, later, moments = 0, list(whole), []
+    for step, new in zip(steps, made, strict=True):
+        saved += step.saved
+        # under autocast a weight's gradient is in bfloat16 first, and what is there already gets the new one added
+        cast = sum(new) // 2 if work.compute_bytes < FLOAT else 0
+        added = sum(size for size, kept in zip(new, always, strict=True) if kept)
+        grads = there + sum(size for size, kept in zip(later, always, strict=True) if not kept)
+        moments.append((saved, there, step.made, f"forward {step.name}"))
+        moments.append((saved, grads, step.backward + cast + added, f"backward {step.name}"))
+        later = [size - one for size, one in zip(later, new, strict=True)]
     return moments
 
 
@@ -95,15 +94,18 @@ def _batch(work: Work, layout: Layout) -> int:
 
 
 def gathered(work: Work, layout: Layout) -> int:
-    """fully_shard: the whole parameters of the block at work and of the next, and in training the gradients of one."""
+    """fully_shard: the whole parameters of the block at work, of the next as they arrive, and of what is outside of
+    blocks, which stay; in training the whole gradients of the block and of what is outside, too."""
     if layout.fsdp == 1:
         return 0
     config = work.config
-    dim, width = config.hidden_size, config.mlp_dim
+    dim, width, experts = config.hidden_size, config.mlp_dim, config.moe.num_experts
     attention, mlp = 4 * dim * dim + 8 * dim, 2 * dim * width + width + dim
-    dense = attention + mlp
-    sparse = attention + config.moe.num_experts * (dim + mlp // layout.ep) if config.moe.layers else dense
-    head = dim * (config.num_classes or 0)
-    largest = sorted((dense, sparse, head))
-    blocks = sparse + dense if config.moe.layers else 2 * dense
-    return work.parameter_bytes * max(blocks, largest[-1]) + (FLOAT * largest[-1] if work.training else 0)
+    blocks = [
+        attention + (experts * (dim + mlp // layout.ep) if layer in config.moe.layers else mlp)
+        for layer in range(config.num_layers)
+    ]
+    patch = config.patch_hw[0] * config.patch_hw[1] * config.in_channels
+    outside = dim * (patch + config.num_tokens + (config.num_classes or 0))
+    pairs = [now + following for now, following in pairwise(blocks)] or blocks
+    return work.parameter_bytes * (max(pairs) + outside) + (FLOAT * (max(blocks) + outside) if work.training else 0)
