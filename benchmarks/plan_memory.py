@@ -78,10 +78,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_memory.json"))
     parser.add_argument("--most", type=int, default=len(CASES), help="cases to measure now")
     parser.add_argument("--kinds", nargs="+", default=["fitted", "checked", "spread"])
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases")
     given = parser.parse_args()
     rows = read_json(given.out)["rows"] if given.out.exists() else []
     there = [(row["kind"], row["model"], row["batch_size"], row["options"]) for row in rows]
     left = [case for case in CASES if case not in there and case[0] in given.kinds][: given.most]
+    left = [CASES[number] for number in given.only if CASES[number] in left] if given.only else left
     for case in left:
         rows.append(measured(*case))
         print(

@@ -1,10 +1,11 @@
-"""The memory of real steps, to check plans by: the peak of what tensors hold, as torch's allocator reports it to the
-profiler, and that of the process.
+"""The memory of real steps, to check plans by: the peak of what tensors hold, and that of the process.
 
     python -m visionmoe.plan.measure LAYOUT '{"config": {...}, "batch_size": 8, ...}' ...
 
-prints one JSON line for each argument: tensor_bytes, the peak of what tensors hold on a CPU, and resident_bytes, that
-of the process above what it had before the model; with torchrun, of the process with the most.
+prints one JSON line for each argument, of the process with the most: resident_bytes, the process' peak above what it
+had before the model, and, of one process, tensor_bytes, as torch's allocator reports it to the profiler. Of several it
+cannot report it, because gloo's threads free tensors, too: there `ask` measures the process once more, with every
+block in a mapping of its own, so that the system gets freed ones back at once.
 """
 
 import gc
@@ -12,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from visionmoe.train.step import StepSettings, train_step
 
 CALLS = 3  # from the second on there is the optimizer's state, and the heap hardly grows
 _MARK = 1_234_567  # bytes that nothing else has: where the profiler's events of the last call begin
+_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}  # glibc's; smaller blocks in its heap
 
 Made = tuple[VisionTransformer, Callable[[], Any]]
 
@@ -43,15 +45,23 @@ Made = tuple[VisionTransformer, Callable[[], Any]]
 def ask(*works: Work, layout: Layout | None = None) -> list[dict[str, int]]:
     """Measured one after the other in fresh processes on a CPU; the resident bytes of the first alone mean something.
 
-    RuntimeError with the processes' last words where they fail.
+    Where the layout has several processes, that goes for both numbers. RuntimeError with the processes' last words
+    where they fail.
     """
     layout = layout or Layout()
+    if layout.size == 1:
+        return _run(layout, works, {})
+    once = {"OMP_NUM_THREADS": "1"}
+    heap, mappings = _run(layout, works, once), _run(layout, works, once | _MAPPINGS)
+    return [one | {"tensor_bytes": other["resident_bytes"]} for one, other in zip(heap, mappings, strict=True)]
+
+
+def _run(layout: Layout, works: Sequence[Work], environment: dict[str, str]) -> list[dict[str, int]]:
     start = [sys.executable, "-m"]
     if layout.size > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.size), "-m"]
     command = [*start, "visionmoe.plan.measure", str(layout), *(json.dumps(_question(work)) for work in works)]
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if layout.size > 1 else {})
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         raise RuntimeError(f"the processes that measure failed: {done.stderr.strip()[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -68,16 +78,19 @@ def peak_bytes(work: Work, layout: Layout) -> dict[str, int]:
     made = _made(work, layout)
     for _ in range(CALLS):
         made[1]()
-    resident = _resident("VmHWM") - before
+    found = {"resident_bytes": _resident("VmHWM") - before}
     del made
+    return found if layout.size > 1 else found | {"tensor_bytes": _tensors(work, layout)}
+
+
+def _tensors(work: Work, layout: Layout) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model, call = _made(work, layout)
-        for _ in range(CALLS - 1):  # DDP makes its buckets anew in the second
-            call()
+        call()
         torch.empty(_MARK, dtype=torch.uint8)
         call()
-    return {"tensor_bytes": _highest(profiler) + _packed(model), "resident_bytes": resident}
+    return _highest(profiler) + _packed(model)
 
 
 def _tiny(work: Work, layout: Layout) -> Work:
@@ -164,8 +177,8 @@ def _work(question: dict[str, Any]) -> Work:
 def main(layout: Layout, questions: list[str]) -> None:
     for question in questions:
         work = _work(json.loads(question))
-        if work.training:
-            keep_freed_memory()  # as `visionmoe train` does
+        if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+            keep_freed_memory()  # as every command does
         found = gather(peak_bytes(work, layout))
         if current().is_first:
             print(json.dumps({name: max(one[name] for one in found) for name in found[0]}), flush=True)
