@@ -42,18 +42,18 @@ _MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}  
 Made = tuple[VisionTransformer, Callable[[], Any]]
 
 
-def ask(*works: Work, layout: Layout | None = None) -> list[dict[str, int]]:
+def ask(*works: Work, layout: Layout | None = None, heap: bool = True) -> list[dict[str, int]]:
     """Measured one after the other in fresh processes on a CPU; the resident bytes of the first alone mean something.
 
-    Where the layout has several processes, that goes for both numbers. RuntimeError with the processes' last words
-    where they fail.
+    Where the layout has several processes, that goes for both numbers; heap=False leaves out the resident bytes there.
+    RuntimeError with the processes' last words where they fail.
     """
     layout = layout or Layout()
     if layout.size == 1:
         return _run(layout, works, {})
     once = {"OMP_NUM_THREADS": "1"}
-    heap, mappings = _run(layout, works, once), _run(layout, works, once | _MAPPINGS)
-    return [one | {"tensor_bytes": other["resident_bytes"]} for one, other in zip(heap, mappings, strict=True)]
+    tensors = [{"tensor_bytes": found["resident_bytes"]} for found in _run(layout, works, once | _MAPPINGS)]
+    return [one | other for one, other in zip(_run(layout, works, once), tensors, strict=True)] if heap else tensors
 
 
 def _run(layout: Layout, works: Sequence[Work], environment: dict[str, str]) -> list[dict[str, int]]:

@@ -3,7 +3,7 @@ benchmarks/plan_memory.py. On a GPU it is not known.
 
 HOLES: glibc asks its heap for more than an aligned block needs and gives the rest back, where small objects settle, so
 that a freed block is too small for the next one of its own size (glibc's bug 14581, in versions before 2.39). Of what
-is made and freed in every step, so much is held for each byte that lives at the peak. What lives from step to step,
+is made and freed in every step, so much more is held for each byte that lives at the peak. What lives from step to step,
 parameters and the optimizer's state, leaves no holes.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from visionmoe.plan.memory import Memory
 from visionmoe.plan.work import Work
 
-HOLES = {"train": 1.3, "inference": 2.0}
+HOLES = {"train": 0.3, "inference": 1.0}
 ONEDNN = {"float32": 13_000_000, "bfloat16": 95_000_000}  # machine code of its products, one per shape
 IMPORTS = 730_000_000  # Python, torch and its libraries, before there is a model
 
@@ -40,5 +40,5 @@ class Process:
 
 def process(work: Work, memory: Memory) -> Process:
     passing = sum(memory.at_peak[kind] for kind in ("gradients", "activations", "buffers"))
-    holes = round((HOLES[work.mode] - 1) * passing)
+    holes = round(HOLES[work.mode] * passing)
     return Process(memory.peak, holes, ONEDNN[work.precision], IMPORTS)
