@@ -26,7 +26,6 @@ from visionmoe.allocation import keep_freed_memory
 from visionmoe.config import ModelConfig, from_dict, to_dict
 from visionmoe.distributed.layout import Layout
 from visionmoe.distributed.world import current, gather, joined
-from visionmoe.model.packed import PackedWeights
 from visionmoe.model.skeleton import materialise, skeleton
 from visionmoe.model.vit import VisionTransformer
 from visionmoe.plan.work import Work, torch_dtype
@@ -38,8 +37,6 @@ from visionmoe.train.step import StepSettings, train_step
 CALLS = 3  # from the second on there is the optimizer's state, and the heap hardly grows
 _MARK = 1_234_567  # bytes that nothing else has: where the profiler's events of the last call begin
 _MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}  # glibc's; smaller blocks in its heap
-
-Made = tuple[VisionTransformer, Callable[[], Any]]
 
 
 def ask(*works: Work, layout: Layout | None = None, heap: bool = True) -> list[dict[str, int]]:
@@ -73,24 +70,24 @@ def _question(work: Work) -> dict[str, Any]:
 
 def peak_bytes(work: Work, layout: Layout) -> dict[str, int]:
     """In this process; first what the process holds at most in CALLS steps or calls, then what tensors hold in one."""
-    _made(_tiny(work, layout), layout)[1]()  # loads the libraries
+    _made(_tiny(work, layout), layout)()  # loads the libraries
     before = _resident("VmRSS")
-    made = _made(work, layout)
+    call = _made(work, layout)
     for _ in range(CALLS):
-        made[1]()
+        call()
     found = {"resident_bytes": _resident("VmHWM") - before}
-    del made
+    del call
     return found if layout.size > 1 else found | {"tensor_bytes": _tensors(work, layout)}
 
 
 def _tensors(work: Work, layout: Layout) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model, call = _made(work, layout)
-        call()
+        call = _made(work, layout)
+        call()  # packs weights, makes the optimizer's state
         torch.empty(_MARK, dtype=torch.uint8)
         call()
-    return _highest(profiler) + _packed(model)
+    return _highest(profiler)
 
 
 def _tiny(work: Work, layout: Layout) -> Work:
@@ -100,13 +97,13 @@ def _tiny(work: Work, layout: Layout) -> Work:
     return replace(work, config=config, batch_size=work.accumulation * layout.size)
 
 
-def _made(work: Work, layout: Layout) -> Made:
-    """A model and its step or call, made as a run makes them: no process ever holds what it does not keep."""
+def _made(work: Work, layout: Layout) -> Callable[[], None]:
+    """The step or call of a model, made as a run makes them: no process ever holds what it does not keep."""
     torch.manual_seed(0)
     return _training(work, layout) if work.training else _inference(work)
 
 
-def _training(work: Work, layout: Layout) -> Made:
+def _training(work: Work, layout: Layout) -> Callable[[], None]:
     device, parallel = torch.device("cpu"), Parallel(layout, current())
     model = skeleton(VisionTransformer, work.config).train()
     parallel.spread(model, device)
@@ -124,10 +121,10 @@ def _training(work: Work, layout: Layout) -> Made:
     def call() -> None:
         train_step(forward, optimizer, images, labels, 0, settings, parallel)
 
-    return model, call
+    return call
 
 
-def _inference(work: Work) -> Made:
+def _inference(work: Work) -> Callable[[], None]:
     dtype = torch_dtype(work.precision)
     model = skeleton(VisionTransformer, work.config).eval().to(dtype)
     materialise(model.to_empty(device="cpu"))
@@ -137,18 +134,11 @@ def _inference(work: Work) -> Made:
     def call() -> None:
         model(images)
 
-    return model, call
+    return call
 
 
 def _images(work: Work, number: int) -> torch.Tensor:
     return torch.randn(number, work.config.in_channels, *work.config.image_hw)
-
-
-def _packed(model: VisionTransformer) -> int:
-    """Bytes of weights in oneDNN's layout, which torch's allocator does not see."""
-    packed: list[Any] = [getattr(module, "packed", None) for module in model.modules()]
-    held = [t for one in packed if isinstance(one, PackedWeights) for t in one._packed]
-    return sum(t.numel() * t.element_size() for t in held)
 
 
 def _highest(profiler: profile) -> int:
