@@ -4,9 +4,10 @@
 
 Two measurements: tensor_bytes, what tensors hold at most in a step or call, as torch's allocator reports it to the
 profiler (of several processes: what they hold with every block in a mapping of its own), and resident_bytes, by which
-the process' resident memory has grown at its highest in three; of several that of the one with most. Target: the plan's two numbers are within 10 % of
-them. The factors of the second (visionmoe/plan/process.py) were chosen by the cases of FITTED; those of CHECKED, others
-in width, depth, batch and experts, had no part in it. Started again, it measures what the file does not have yet.
+the process' resident memory has grown at its highest in three; of several that of the one with most. Target: the
+plan's two numbers are within 10 % of them. The factors of the second (visionmoe/plan/process.py) were chosen by the
+cases of FITTED; those of CHECKED, others in width, depth, batch and experts, had no part in it. Started again, it
+measures what the file does not have yet.
 """
 
 import argparse
