@@ -2,7 +2,7 @@
 benchmarks/plan_memory.py. On a GPU it is not known.
 
 HOLES: glibc asks its heap for more than an aligned block needs and gives the rest back, where small objects settle, so
-that a freed block is too small for the next one of its own size (glibc's bug 14581, in versions before 2.39). Of what
+that a freed block is too small for the next one of its own size (glibc's bugs 14581, 30723). Of what
 is made and freed in every step, so much more is held for each byte that lives at the peak. What lives from step to
 step, parameters and the optimizer's state, leaves no holes.
 """
