@@ -6,7 +6,7 @@ Two measurements: tensor_bytes, what tensors hold at most in a step or call, as 
 profiler (of several processes: what they hold with every block in a mapping of its own), and resident_bytes, by which
 the process' resident memory has grown at its highest in three; of several that of the one with most. Target: the
 plan's two numbers are within 10 % of them. The factors of the second (visionmoe/plan/process.py) were chosen by the
-cases of FITTED; those of CHECKED, others in width, depth, batch and experts, had no part in it. Started again, it
+cases of FITTED (that of FSDP by two of SPREAD); those of CHECKED, others in width, depth, batch and experts, had no part in it. Started again, it
 measures what the file does not have yet.
 """
 
@@ -23,6 +23,7 @@ from visionmoe.evaluate.timing import device_name
 from visionmoe.files import read_json, write_json
 from visionmoe.plan.measure import ask
 from visionmoe.plan.memory import memory
+from visionmoe.plan.optimizer import held
 from visionmoe.plan.process import process
 from visionmoe.plan.work import Work
 from visionmoe.variants import get_config
@@ -106,8 +107,9 @@ def measured(kind: str, model: str, batch_size: int, options: dict[str, Any]) ->
 def row(
     kind: str, model: str, batch_size: int, options: dict[str, Any], work: Work, layout: Layout, found: dict[str, int]
 ) -> dict[str, Any]:
-    planned = memory(work, layout)
-    whole = process(work, planned)
+    sizes = held(work)
+    planned = memory(work, layout, sizes)
+    whole = process(work, layout, planned, sizes)
     return {
         "kind": kind,
         "model": model,

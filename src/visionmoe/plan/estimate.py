@@ -92,7 +92,7 @@ def candidate(work: Work, layout: Layout, sizes: Held, operations: int, limit: i
     own, sent, share = memory(work, layout, sizes), traffic(work, layout, sizes), operations / layout.size
     activations = own.activations if work.training else widest_moment(work, layout)[1] * work.config.num_layers
     moved = memory_bytes(work, layout, sizes, own, activations)
-    whole = None if work.gpu else process(work, own)
+    whole = None if work.gpu else process(work, layout, own, sizes)
     fits = (own.peak if whole is None else whole.total) <= limit
     return Candidate(layout, own, whole, sent, share, moved, seconds(share, moved, sent.total, rates), fits)
 
@@ -100,7 +100,7 @@ def candidate(work: Work, layout: Layout, sizes: Held, operations: int, limit: i
 def needed(work: Work, layout: Layout, sizes: Held) -> int:
     """Bytes of one device: of its tensors, on a CPU of the process."""
     own = memory(work, layout, sizes)
-    return own.peak if work.gpu else process(work, own).total
+    return own.peak if work.gpu else process(work, layout, own, sizes).total
 
 
 def fewest_devices(work: Work, sizes: Held, limit: int, beyond: int) -> tuple[int, Layout] | None:

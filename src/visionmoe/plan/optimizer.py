@@ -53,7 +53,13 @@ class Held:
             values = share.values(layout)
             sums["experts" if share.expert else "dense"] += values
             sums["expert_state" if share.expert else "dense_state"] += share.state * values // math.prod(share.shape)
-        return replace(self, **sums)
+        return replace(
+            self,
+            dense=sums["dense"],
+            experts=sums["experts"],
+            dense_state=sums["dense_state"],
+            expert_state=sums["expert_state"],
+        )
 
     @property
     def parameters(self) -> int:

@@ -9,10 +9,13 @@ step, parameters and the optimizer's state, leaves no holes.
 
 from dataclasses import asdict, dataclass
 
+from visionmoe.distributed.layout import Layout
 from visionmoe.plan.memory import Memory
+from visionmoe.plan.optimizer import Held
 from visionmoe.plan.work import Work
 
 HOLES = {"train": 0.3, "inference": 1.0}
+GATHERED = 1.6  # holes that FSDP leaves, for each byte of the parameters that it gathers one block after the other
 ONEDNN = {"float32": 13_000_000, "bfloat16": 95_000_000}  # machine code of its products, one per shape
 IMPORTS = 730_000_000  # Python, torch and its libraries, before there is a model
 
@@ -38,7 +41,10 @@ class Process:
         return asdict(self) | {"total": self.total}
 
 
-def process(work: Work, memory: Memory) -> Process:
+def process(work: Work, layout: Layout, memory: Memory, sizes: Held) -> Process:
+    """sizes: `held(work)`."""
     passing = sum(memory.at_peak[kind] for kind in ("gradients", "activations", "buffers"))
-    holes = round(HOLES[work.mode] * passing)
-    return Process(memory.peak, holes, ONEDNN[work.precision], IMPORTS)
+    holes = HOLES[work.mode] * passing
+    if layout.fsdp > 1:
+        holes += GATHERED * work.parameter_bytes * (sizes.dense + sizes.experts // layout.ep)
+    return Process(memory.peak, round(holes), ONEDNN[work.precision], IMPORTS)
