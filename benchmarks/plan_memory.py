@@ -6,8 +6,8 @@ Two measurements: tensor_bytes, what tensors hold at most in a step or call, as 
 profiler (of several processes: what they hold with every block in a mapping of its own), and resident_bytes, by which
 the process' resident memory has grown at its highest in three; of several that of the one with most. Target: the
 plan's two numbers are within 10 % of them. The factors of the second (visionmoe/plan/process.py) were chosen by the
-cases of FITTED (that of FSDP by two of SPREAD); those of CHECKED, others in width, depth, batch and experts, had no part in it. Started again, it
-measures what the file does not have yet.
+cases of FITTED, that of FSDP by two of SPREAD; those of CHECKED, others in width, depth, batch and experts, had no part
+in it. Started again, it measures what the file does not have yet.
 """
 
 import argparse
