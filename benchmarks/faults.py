@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from visionmoe.distributed.layout import Layout
 from visionmoe.evaluate.timing import device_name
 from visionmoe.files import write_json
 
@@ -57,7 +58,7 @@ def of_layout(layout: str, folder: Path, steps: range) -> list[dict]:
     rows = []
     for step in steps:
         out = folder / f"killed_{step}"
-        row = {"layout": layout, "step": step, **killed(layout, out, step, rank=step % processes(layout))}
+        row = {"layout": layout, "step": step, **killed(layout, out, step, rank=step % Layout.parse(layout).size)}
         run(layout, out, "--resume")
         found = load_file(out / "model" / "model.safetensors")
         row["same_parameters"] = all(torch.equal(found[name], value) for name, value in expected.items())
@@ -101,15 +102,8 @@ def command(layout: str, out: Path) -> list[str]:
              "checkpoint_every=3", "tensorboard=False", "model.moe.group_size=image",
              "data.eval_split=test[:64]"]  # fmt: skip
     sets = [text for value in small for text in ("--set", value)]
-    return [sys.executable, "-m", "visionmoe", "train", "--nproc", str(processes(layout)), "--parallel", layout,
+    return [sys.executable, "-m", "visionmoe", "train", "--nproc", str(Layout.parse(layout).size), "--parallel", layout,
             "--steps", str(STEPS), "--out", str(out), *sets]  # fmt: skip
-
-
-def processes(layout: str) -> int:
-    number = 1
-    for part in layout.split(","):
-        number *= int(part.partition("=")[2])
-    return number
 
 
 def processes_of(launcher: int) -> dict[int, int]:

@@ -59,7 +59,7 @@ def main() -> None:
     found: dict[tuple[str, str], list[dict]] = {job: [] for job in jobs}
     for _ in range(arguments.rounds):
         for layout, kind in jobs:
-            size = Layout.parse(layout, processes(layout)).size
+            size = Layout.parse(layout).size
             if kind == "strong" and size == 1:
                 continue
             found[layout, kind].append(job(arguments, layout, arguments.batch * (size if kind == "weak" else 1)))
@@ -82,13 +82,6 @@ def main() -> None:
     )
 
 
-def processes(layout: str) -> int:
-    number = 1
-    for part in layout.split(","):
-        number *= int(part.partition("=")[2])
-    return number
-
-
 def job(arguments: argparse.Namespace, layout: str, batch: int) -> dict:
     """Starts the processes of one layout; what the first of them measured."""
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +91,7 @@ def job(arguments: argparse.Namespace, layout: str, batch: int) -> dict:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*start, str(processes(layout)), __file__, *own], env=environment, capture_output=True, text=True
+            [*start, str(Layout.parse(layout).size), __file__, *own], env=environment, capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])

@@ -15,6 +15,7 @@ SIZES = {
 PATCHES = (32, 16, 14)
 EXPERTS = (8, 16, 32)
 PLACEMENTS = ("every2", "last2", "last5")
+EXAMPLES = ("vit_b16", "vmoe_b16_e8_every2", "eee_s32_e8_m2_last2", "softmoe_s16_e32_last2", "vmoe_15b")
 
 
 def moe_layers(placement: str, num_layers: int) -> tuple[int, ...]:
@@ -36,7 +37,7 @@ def get_config(name: str) -> ModelConfig:
     table = _table()
     if name not in table:
         near = difflib.get_close_matches(name, table, n=3)
-        hint = f"near ones: {', '.join(near)}" if near else "see visionmoe.list_models()"
+        hint = f"near ones: {', '.join(near)}" if near else f"names are like {', '.join(EXAMPLES)}"
         raise ValueError(f"unknown model {name!r}; {hint}")
     return table[name]
 

@@ -45,18 +45,37 @@ def test_inference_of_one_layout_at_given_rates(tmp_path: Path, capsys: pytest.C
     assert one["seconds"]["compute"] == pytest.approx(results["flops_per_step"] / 4 / 2e12)
 
 
+def test_sizes_are_shown_in_units_that_suit(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main([*SMALL, "--memory", "1MB", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "memory 1 MB" in text and " of 1 MB; " in text and "0.001 GB" not in text
+
+
+def test_on_a_cpu_the_process_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main([*SMALL, "--device", "cpu", "--precision", "float32", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "process" in text and "oneDNN's code (13 MB) and libraries (730 MB)" in text
+    for one in json.loads((tmp_path / "results.json").read_text())["layouts"]:
+        parts = one["process"]
+        assert parts["tensors"] == one["memory"]["peak"]
+        assert parts["total"] == sum(parts[name] for name in ("tensors", "holes", "onednn", "imports")) == one["needed"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--memory", "80 gigs"], "a size must be like 80GB"),
-        (["--layout", "dp=2"], "the product of a layout must be the number of devices"),
-        (["--layout", "tp=4"], "tp"),
-        (["--layout", "dp=1,ep=4", "--num-experts", "6"], "ep must divide the number of experts"),
+        (["--layout", "dp=2"], "'dp=2' is for 2 processes, but the job has 4: --devices says how many"),
+        (["--layout", "tp=4"], "must be like dp=2,fsdp=2,ep=2"),
+        (["--layout", "dp=1,ep=4", "--num-experts", "6"], "ep must divide the 6 experts, got 4"),
         (["--batch-size", "6"], "the batch size must be a multiple"),
         (["--devices", "0"], "devices must be >= 1"),
         (["--mode", "inference", "--accumulation", "2"], "accumulation must be 1 in inference"),
         (["--flops-rate", "0"], "flops_rate must be > 0"),
         (["--model", "vmoe_b99"], "unknown model 'vmoe_b99'"),
+        (["--model", "nope"], "unknown model 'nope'; names are like vit_b16, vmoe_b16_e8_every2"),
+        (["--accumulation", "0"], "accumulation must be >= 1, got 0"),
+        (["--batch-size", "0"], "batch_size must be >= 1, got 0"),
         (["--optimizer", "lion"], "--optimizer"),
     ],
 )

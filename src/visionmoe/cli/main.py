@@ -1,7 +1,6 @@
 """Entry point: finds the command, parses its options, and turns every user's mistake into one line and exit code 2."""
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import os
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from visionmoe import __version__
+from visionmoe.allocation import keep_freed_memory
 from visionmoe.cli import options
 from visionmoe.cli.parse import UsageError, closest, expanded_shards, one_line, parse
 from visionmoe.cli.signals import SIGNALS, Stopped, ended_by_signals, exit_code, say
@@ -39,7 +39,6 @@ EXTRAS = {
     "pyarrow": "data",
 }
 DONE, FAILED, MISTAKE = 0, 1, 2
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _StandardError(logging.Handler):
@@ -142,17 +141,6 @@ def _job() -> contextlib.AbstractContextManager:
     from visionmoe.distributed.world import joined
 
     return joined()
-
-
-def keep_freed_memory() -> None:
-    """glibc keeps freed blocks below 1 GiB for the next ones, and does not give them back to the system each time.
-
-    Else the pages of every large activation are cleared anew in every step (benchmarks/LOG.md has what that costs).
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _help() -> str:

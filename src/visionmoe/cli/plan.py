@@ -10,9 +10,10 @@ from visionmoe.cli.info import find_config
 from visionmoe.cli.options import Plan as Options
 from visionmoe.cli.shared import output_folder
 from visionmoe.config import ModelConfig, to_dict
+from visionmoe.distributed.layout import Layout
 from visionmoe.files import write_json
 from visionmoe.plan.estimate import MOST_DEVICES, Candidate, Plan, plan
-from visionmoe.plan.layout import parse_bytes, parse_layout
+from visionmoe.plan.sizes import in_words, parse_bytes, scale
 from visionmoe.plan.work import PRESETS, Rates, Work
 
 OVERRIDES = ("image_size", "num_classes", "num_experts", "num_selected_experts", "capacity_factor")
@@ -26,21 +27,44 @@ def run(options: Options) -> None:
     limit = parse_bytes(options.memory)
     if options.devices < 1:
         raise ValueError(f"devices must be >= 1, got {options.devices}")
-    chosen = None if options.layout is None else parse_layout(options.layout, options.devices)
+    chosen = (
+        None if options.layout is None else Layout.parse(options.layout, options.devices, "--devices says how many")
+    )
     work, rates = work_of(options), rates_of(options)
     work.images(options.devices)
     result = plan(work, options.devices, limit, rates, chosen)
     out = output_folder(options.out)
     write_json(out / "results.json", _facts(options, work, rates, limit, result))
-    bars = [(str(one.layout), {k: v / GB for k, v in one.memory.at_peak.items()}) for one in result.candidates]
-    figures.memory_of_layouts(out / "plan.png", bars, limit / GB, title=f"{options.model}, {_step(work)}")
+    size, unit = scale(limit)
+    bars = [(str(one.layout), {k: v / size for k, v in _kinds(one).items()}) for one in result.candidates]
+    title = f"{options.model}, {_step(work)}"
+    figures.memory_of_layouts(out / "plan.png", bars, limit / size, unit=unit, title=title)
     for line in _head(options, work, result):
         print(line)
     Console(width=None if Console().is_terminal else 200).print(_table(work, result, limit))
     print("GB are 10^9 bytes; peak: of one device; sent: by one device in one step. Time: the longer of operations and "
           "memory traffic at the given rates, plus what is sent; nothing of it hidden.")  # fmt: skip
+    print(_beside(result))
     print(_answer(options, work, result, limit))
     print(f"everything: {out / 'results.json'}, picture: {out / 'plan.png'}")
+
+
+def _kinds(one: Candidate) -> dict[str, int]:
+    """Bytes of one device, by what they are for."""
+    if one.process is None:
+        return one.memory.at_peak
+    return one.memory.at_peak | {"process": one.process.total - one.process.tensors}
+
+
+def _beside(result: Plan) -> str:
+    """What is held beside the tensors."""
+    one = result.candidates[0].process
+    if one is None:
+        return "peak is what tensors hold; what CUDA, its libraries and torch's allocator hold beside it is not in it."
+    return (
+        f"process: the peak of its tensors, holes in the heap, oneDNN's code ({in_words(one.onednn)}) and libraries "
+        f"({in_words(one.imports)}), by measured factors (docs/distributed.md); without loaders and caches of images."
+    )
 
 
 def work_of(options: Options) -> Work:
@@ -49,7 +73,7 @@ def work_of(options: Options) -> Work:
     inference = options.mode == "inference"
     return Work(
         config=config,
-        batch_size=IMAGES_PER_DEVICE * options.devices * options.accumulation
+        batch_size=IMAGES_PER_DEVICE * options.devices * max(1, options.accumulation)
         if options.batch_size is None
         else options.batch_size,
         accumulation=options.accumulation,
@@ -101,17 +125,18 @@ def _head(options: Options, work: Work, result: Plan) -> list[str]:
     lines = [
         f"{options.model}: {_step(work)}, {options.devices} devices of {options.memory}",
         f"  parameters       {held.parameters:,} ({held.experts:,} of experts), "
-        f"{held.parameters * work.parameter_bytes / GB:,.1f} GB",
+        f"{in_words(held.parameters * work.parameter_bytes)}",
     ]
     if work.training:
-        lines.append(f"  gradients        {held.parameters * 4 / GB:,.1f} GB, optimizer's state {state / GB:,.1f} GB")
+        lines.append(f"  gradients        {in_words(held.parameters * 4)}, optimizer's state {in_words(state)}")
     return [*lines, f"  operations       {result.flops / 1e12:,.2f} TFLOP per step over all devices"]
 
 
 def _table(work: Work, result: Plan, limit: int) -> Table:
-    table = Table(title=f"per device, GB (memory {limit / GB:g})")
+    table = Table(title=f"per device (memory {in_words(limit)})")
     training = work.training
     columns = ["layout", "parameters", *(["gradients", "optimizer", "activations"] if training else []), "peak"]
+    columns += [] if work.gpu else ["process"]
     columns += ["sent: gradients", "gather", "scatter", "tokens"] if training else ["sent: gather", "tokens"]
     columns += ["TFLOP", "moved", "seconds", "fits"]
     for name in columns:
@@ -121,27 +146,24 @@ def _table(work: Work, result: Plan, limit: int) -> Table:
         sizes = [memory.parameters]
         sizes += [memory.gradients, memory.optimizer, memory.activations] if training else []
         traffic = [sent.gradients, sent.gather, sent.scatter, sent.tokens] if training else [sent.gather, sent.tokens]
+        sizes += [memory.peak, *([] if one.process is None else [one.process.total])]
         name = f"{one.layout} *" if one is result.recommended else str(one.layout)
         table.add_row(
-            name, *(_number(size) for size in [*sizes, memory.peak, *traffic]), f"{one.flops / 1e12:,.2f}",
-            _number(one.moved), f"{one.seconds.total:.3g}", "yes" if one.fits else "no",
+            name, *(in_words(size) for size in [*sizes, *traffic]), f"{one.flops / 1e12:,.2f}",
+            in_words(one.moved), f"{one.seconds.total:.3g}", "yes" if one.fits else "no",
         )  # fmt: skip
     return table
-
-
-def _number(size: int) -> str:
-    return f"{size / GB:,.1f}" if size >= GB else f"{size / GB:.3g}"
 
 
 def _answer(options: Options, work: Work, result: Plan, limit: int) -> str:
     best = result.recommended
     if best is not None:
         return (
-            f"it fits: {best.layout} (*), {best.memory.peak / GB:.3g} of {limit / GB:g} GB, "
+            f"it fits: {best.layout} (*), {in_words(best.needed)} of {in_words(limit)}, "
             f"{best.seconds.total:.3g} s per step, {work.batch_size / best.seconds.total:,.0f} images/s at these rates"
         )
-    smallest = min(result.candidates, key=lambda one: one.memory.peak)
-    text = f"none fits: the smallest, {smallest.layout}, needs {smallest.memory.peak / GB:.3g} of {limit / GB:g} GB; "
+    smallest = min(result.candidates, key=lambda one: one.needed)
+    text = f"none fits: the smallest, {smallest.layout}, needs {in_words(smallest.needed)} of {in_words(limit)}; "
     if result.accumulation is not None:
         text += f"on {options.devices} devices --accumulation {result.accumulation} would do; "
     if result.fewest is None:

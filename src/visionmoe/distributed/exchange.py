@@ -47,7 +47,8 @@ class ExpertExchange:
             results = results.unflatten(1, (self.size, -1)).transpose(0, 1)
             back.append(_start(results.contiguous(), self.group))
         done = [_Finish.apply(sent, trip) for sent, trip in back]
-        out = torch.cat([part[owner] for owner in range(self.size) for part in done])
+        # (P, e', N, D) -> (P, e, N, D) -> (E, N, D)
+        out = (done[0] if len(done) == 1 else torch.cat(done, dim=1)).flatten(0, 1)
         return out if equal else out[:, :own]
 
     def _most(self, own: int, device: torch.device) -> int:

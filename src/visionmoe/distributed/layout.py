@@ -27,11 +27,27 @@ class Layout:
     def size(self) -> int:
         return self.dp * self.fsdp * self.ep
 
+    @property
+    def dense_shards(self) -> int:
+        """Processes over which a dense parameter is divided."""
+        return self.fsdp * self.ep if self.fsdp > 1 else 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Processes over which the experts of a layer are divided."""
+        return self.fsdp * self.ep
+
+    def __str__(self) -> str:
+        return f"dp={self.dp},fsdp={self.fsdp},ep={self.ep}"
+
     @classmethod
-    def parse(cls, text: str | None, processes: int) -> Self:
+    def parse(
+        cls, text: str | None, processes: int | None = None, hint: str = "start as many with torchrun or --nproc"
+    ) -> Self:
         """From a text such as "dp=2,ep=2"; None: all processes are data parallel. A missing dp follows from the others.
 
-        ValueError for another text, or one whose product is not the number of processes.
+        processes: of the job; None: as many as the text says. ValueError for another text, or one whose product is not
+        the number of processes; hint: what to do about that.
         """
         names, given = [field.name for field in fields(cls)], {}
         for part in filter(None, (part.strip() for part in (text or "").split(","))):
@@ -40,15 +56,30 @@ class Layout:
                 raise ValueError(f"parallel must be like dp=2,fsdp=2,ep=2 (each once, in numbers), got {text!r}")
             given[name] = int(number)
         rest = cls(**{"dp": 1} | given)
+        if processes is None:
+            return rest
         if "dp" not in given and processes % rest.size == 0:
             given["dp"] = processes // rest.size
         layout = cls(**given)
         if layout.size != processes:
-            raise ValueError(
-                f"parallel {text!r} is for {layout.size} processes, but the job has {processes}: start as many with "
-                "torchrun or --nproc"
-            )
+            raise ValueError(f"parallel {text!r} is for {layout.size} processes, but the job has {processes}: {hint}")
         return layout
+
+    @classmethod
+    def every(cls, processes: int) -> list[Self]:
+        """All layouts of so many processes, those with few parts of the experts first."""
+        return [
+            cls(processes // ep // fsdp, fsdp, ep) for ep in _divisors(processes) for fsdp in _divisors(processes // ep)
+        ]
+
+    def check(self, *, num_experts: int, widths: tuple[int, int]) -> None:
+        """ValueError where it does not fit a model. num_experts: per layer, 0: none. widths: the experts' (D, F)."""
+        if self.ep > 1 and not num_experts:
+            raise ValueError(f"parallel: ep={self.ep} splits experts, but the model has none")
+        if num_experts % self.ep:
+            raise ValueError(f"parallel: ep must divide the {num_experts} experts, got {self.ep}")
+        if self.ep > 1 and any(width % self.fsdp for width in widths):
+            raise ValueError(f"parallel: fsdp beside ep must divide the experts' widths {widths}, got {self.fsdp}")
 
     def meshes(self, device: torch.device) -> "Meshes":
         """Collective: every process of the job takes part."""
@@ -63,3 +94,7 @@ class Meshes:
 
     whole: DeviceMesh
     dense: DeviceMesh
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

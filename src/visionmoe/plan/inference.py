@@ -1,15 +1,15 @@
 """The widest moment of a forward pass without gradients, in bytes; kept is only what some frame still names."""
 
+from visionmoe.distributed.layout import Layout
 from visionmoe.model import packed
-from visionmoe.plan.layout import Layout
 from visionmoe.plan.work import Routed, Work, routed
 
 FLOAT, INDEX = 4, 8
 
 
-def widest_moment(work: Work, layout: Layout) -> tuple[str, int]:
-    """(name, bytes beside the parameters): images, activations at that moment, and packed copies of weights."""
-    config, images, c = work.config, work.images(layout.devices), work.compute_bytes
+def widest_moment(work: Work, layout: Layout) -> tuple[str, int, int]:
+    """(name, bytes of images and activations at that moment, bytes of packed copies of weights)."""
+    config, images, c = work.config, work.images(layout.size), work.compute_bytes
     height, width = config.image_hw
     pixels = c * images * config.in_channels * height * width
     moments = {"patch_embed": 3 * c * images * config.num_tokens * config.hidden_size}
@@ -28,7 +28,7 @@ def widest_moment(work: Work, layout: Layout) -> tuple[str, int]:
         else:
             moments[f"{block}.mlp"] = _mlp(work, tokens)
     moment = max(moments, key=lambda name: moments[name])
-    return moment, pixels + moments[moment] + _packed(work, layout)
+    return moment, pixels + moments[moment], _packed(work, layout)
 
 
 def _mlp(work: Work, tokens: int) -> int:
@@ -69,7 +69,7 @@ def _packed(work: Work, layout: Layout) -> int:
     """Copies of weights in oneDNN's layout, which `packed.PackedWeights` keeps on a CPU: all matrices in bfloat16, and
     in float32 the larger ones that few rows meet, or all of the larger where MKL is slow; no stack of more than
     MAX_PACKED_BYTES."""
-    config, images, c = work.config, work.images(layout.devices), work.compute_bytes
+    config, images, c = work.config, work.images(layout.size), work.compute_bytes
     if work.gpu or not packed.available():
         return 0
     dim, width, experts, total = config.hidden_size, config.mlp_dim, config.moe.num_experts, 0

@@ -1,15 +1,19 @@
-"""The peak of tensor memory of a real step, as torch's allocator reports it to the profiler; to check plans by.
+"""The memory of real steps, to check plans by: the peak of what tensors hold, and that of the process.
 
-    python -m visionmoe.plan.measure '{"config": {...}, "batch_size": 8, ...}' ...
+    python -m visionmoe.plan.measure LAYOUT '{"config": {...}, "batch_size": 8, ...}' ...
 
-prints one JSON line for each argument: tensor_bytes, the peak of what tensors hold on a CPU, and resident_bytes, that
-of the process above what it had before the model.
+prints one JSON line for each argument, of the process with the most: resident_bytes, the process' peak above what it
+had before the model, and, of one process, tensor_bytes, as torch's allocator reports it to the profiler. Of several it
+cannot report it, because gloo's threads free tensors, too: there `ask` measures the process once more, with every
+block in a mapping of its own, so that the system gets freed ones back at once.
 """
 
+import gc
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +22,45 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from visionmoe.allocation import keep_freed_memory
 from visionmoe.config import ModelConfig, from_dict, to_dict
-from visionmoe.model.packed import PackedWeights
-from visionmoe.model.vit import VisionTransformer, create_model
+from visionmoe.distributed.layout import Layout
+from visionmoe.distributed.world import current, gather, joined
+from visionmoe.model.skeleton import materialise, skeleton
+from visionmoe.model.vit import VisionTransformer
 from visionmoe.plan.work import Work, torch_dtype
 from visionmoe.train.losses import create_loss
 from visionmoe.train.optim import create_optimizer
+from visionmoe.train.parallel import Parallel
 from visionmoe.train.step import StepSettings, train_step
 
-CALLS = 2  # the second step has the optimizer's state, too
+CALLS = 3  # from the second on there is the optimizer's state, and the heap hardly grows
+_MARK = 1_234_567  # bytes that nothing else has: where the profiler's events of the last call begin
+_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}  # glibc's; smaller blocks in its heap
 
 
-def ask(*works: Work) -> list[dict[str, int]]:
-    """Measured one after the other in a fresh process on a CPU; the resident bytes of the first alone mean something.
+def ask(*works: Work, layout: Layout | None = None, heap: bool = True) -> list[dict[str, int]]:
+    """Measured one after the other in fresh processes on a CPU; the resident bytes of the first alone mean something.
 
-    RuntimeError with the process' last words where it fails.
+    Where the layout has several processes, that goes for both numbers; heap=False leaves out the resident bytes there.
+    RuntimeError with the processes' last words where they fail.
     """
-    command = [sys.executable, "-m", "visionmoe.plan.measure", *(json.dumps(_question(work)) for work in works)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    layout = layout or Layout()
+    if layout.size == 1:
+        return _run(layout, works, {})
+    once = {"OMP_NUM_THREADS": "1"}
+    tensors = [{"tensor_bytes": found["resident_bytes"]} for found in _run(layout, works, once | _MAPPINGS)]
+    return [one | other for one, other in zip(_run(layout, works, once), tensors, strict=True)] if heap else tensors
+
+
+def _run(layout: Layout, works: Sequence[Work], environment: dict[str, str]) -> list[dict[str, int]]:
+    start = [sys.executable, "-m"]
+    if layout.size > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.size), "-m"]
+    command = [*start, "visionmoe.plan.measure", str(layout), *(json.dumps(_question(work)) for work in works)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
-        raise RuntimeError(f"the process that measures failed: {done.stderr.strip()[-600:]}")
+        raise RuntimeError(f"the processes that measure failed: {done.stderr.strip()[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
@@ -45,86 +68,88 @@ def _question(work: Work) -> dict[str, Any]:
     return {f.name: getattr(work, f.name) for f in fields(work)} | {"config": to_dict(work.config)}
 
 
-def peak_bytes(work: Work) -> dict[str, int]:
-    """Of the second step or call, which has the optimizer's state, too, in this process."""
-    tiny = ModelConfig(image_size=32, num_classes=10, hidden_size=32, num_layers=1, mlp_dim=32, num_heads=1)
-    _made(replace(work, config=tiny, batch_size=work.accumulation))[1]()  # loads the libraries
+def peak_bytes(work: Work, layout: Layout) -> dict[str, int]:
+    """In this process; first what the process holds at most in CALLS steps or calls, then what tensors hold in one."""
+    _made(_tiny(work, layout), layout)()  # loads the libraries
     before = _resident("VmRSS")
-    model, call, held = _made(work)
+    call = _made(work, layout)
     for _ in range(CALLS):
         call()
-    resident = _resident("VmHWM") - before
-    model.zero_grad(set_to_none=True)  # as the step does first; the profiler would not see that they go
-    sizes = sum(_storages(held()).values()) + _packed(model)
+    found = {"resident_bytes": _resident("VmHWM") - before}
+    del call
+    return found if layout.size > 1 else found | {"tensor_bytes": _tensors(work, layout)}
+
+
+def _tensors(work: Work, layout: Layout) -> int:
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call = _made(work, layout)
+        call()  # packs weights, makes the optimizer's state
+        torch.empty(_MARK, dtype=torch.uint8)
         call()
-    return {"tensor_bytes": sizes + _highest(profiler), "resident_bytes": resident}
+    return _highest(profiler)
 
 
-def _made(work: Work) -> tuple[VisionTransformer, Callable[[], Any], Callable[[], list[torch.Tensor]]]:
-    """A model, its step or call, and what lives before one."""
+def _tiny(work: Work, layout: Layout) -> Work:
+    config = ModelConfig(image_size=32, num_classes=10, hidden_size=32, num_layers=1, mlp_dim=32, num_heads=1)
+    if work.config.moe.layers:
+        config = config.replace(num_experts=2 * layout.ep, num_selected_experts=1, layers=(0,))
+    return replace(work, config=config, batch_size=work.accumulation * layout.size)
+
+
+def _made(work: Work, layout: Layout) -> Callable[[], None]:
+    """The step or call of a model, made as a run makes them: no process ever holds what it does not keep."""
     torch.manual_seed(0)
-    model = create_model(work.config)
-    return model, *(_training(work, model) if work.training else _inference(work, model))
+    return _training(work, layout) if work.training else _inference(work)
 
 
-def _training(work: Work, model: VisionTransformer) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
-    config = model.train().config
-    images, labels = _images(work), torch.arange(work.batch_size) % (config.num_classes or 1)
+def _training(work: Work, layout: Layout) -> Callable[[], None]:
+    device, parallel = torch.device("cpu"), Parallel(layout, current())
+    model = skeleton(VisionTransformer, work.config).train()
+    parallel.spread(model, device)
+    materialise(model.to_empty(device=device))
+    classes, own = model.config.num_classes or 1, work.batch_size // layout.size
+    images, labels = _images(work, own), torch.arange(own) % classes
     optimizer = create_optimizer(
         model.named_parameters(), name=work.optimizer, total_steps=10, learning_rate=1e-4, **work.options
     )
+    forward = parallel.wrap(model, device)
     settings = StepSettings(
-        create_loss("softmax"), config.num_classes or 1, seed=0, accumulation=work.accumulation,
-        precision=work.precision,
-    )  # fmt: skip
+        create_loss("softmax"), classes, seed=0, accumulation=work.accumulation, precision=work.precision
+    )
 
     def call() -> None:
-        train_step(model, optimizer, images, labels, 0, settings)
+        train_step(forward, optimizer, images, labels, 0, settings, parallel)
 
-    def held() -> list[torch.Tensor]:
-        states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        return [*model.parameters(), *states, images, labels]
-
-    return call, held
+    return call
 
 
-def _inference(work: Work, model: VisionTransformer) -> tuple[Callable[[], Any], Callable[[], list[torch.Tensor]]]:
+def _inference(work: Work) -> Callable[[], None]:
     dtype = torch_dtype(work.precision)
-    model = model.eval().to(dtype)
-    images = _images(work).to(dtype)
+    model = skeleton(VisionTransformer, work.config).eval().to(dtype)
+    materialise(model.to_empty(device="cpu"))
+    images = _images(work, work.batch_size).to(dtype)
 
     @torch.no_grad()
     def call() -> None:
         model(images)
 
-    return call, lambda: [*model.parameters(), images]
+    return call
 
 
-def _images(work: Work) -> torch.Tensor:
-    return torch.randn(work.batch_size, work.config.in_channels, *work.config.image_hw)
-
-
-def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-
-
-def _packed(model: VisionTransformer) -> int:
-    """Bytes of weights in oneDNN's layout, which torch's allocator does not see."""
-    packed: list[Any] = [getattr(module, "packed", None) for module in model.modules()]
-    held = [t for one in packed if isinstance(one, PackedWeights) for t in one._packed]
-    return sum(t.numel() * t.element_size() for t in held)
+def _images(work: Work, number: int) -> torch.Tensor:
+    return torch.randn(number, work.config.in_channels, *work.config.image_hw)
 
 
 def _highest(profiler: profile) -> int:
-    """The highest sum of the allocator's events, which are positive for new and negative for freed memory."""
+    """The highest sum, behind the mark, of the allocator's events, positive for new and negative for freed memory."""
     kineto: Any = profiler.profiler
     events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
-    events = [e for e in events if e.device_type() == DeviceType.CPU]
+    events = sorted((e for e in events if e.device_type() == DeviceType.CPU), key=lambda e: e.start_ns())
     now = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in events:
         now += event.nbytes()
-        highest = max(highest, now)
+        highest = 0 if event.nbytes() == -_MARK else max(highest, now)
     return highest
 
 
@@ -139,6 +164,16 @@ def _work(question: dict[str, Any]) -> Work:
     return Work(config=from_dict(ModelConfig, question.pop("config")), **question)
 
 
+def main(layout: Layout, questions: list[str]) -> None:
+    for question in questions:
+        work = _work(json.loads(question))
+        if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+            keep_freed_memory()  # as every command does
+        found = gather(peak_bytes(work, layout))
+        if current().is_first:
+            print(json.dumps({name: max(one[name] for one in found) for name in found[0]}), flush=True)
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(json.dumps(peak_bytes(_work(json.loads(argument)))), flush=True)
+    with joined():
+        main(Layout.parse(sys.argv[1]), sys.argv[2:])

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from visionmoe.config import ModelConfig
+from visionmoe.distributed.layout import Layout
 from visionmoe.model.cpu_training import MAX_TOKENS
-from visionmoe.plan.layout import Layout
 from visionmoe.plan.work import Routed, Work, routed
 
 FLOAT, INDEX = 4, 8
@@ -34,7 +34,7 @@ class Operation:
 
 def operations(work: Work, layout: Layout) -> list[Operation]:
     """All operations of one part of a device's batch, in the order of the forward pass."""
-    config, images = work.config, work.images(layout.devices)
+    config, images = work.config, work.images(layout.size)
     copies = 1
     found = list(_embedding(config, work, images))
     for layer in range(config.num_layers):

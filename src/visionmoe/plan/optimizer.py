@@ -1,12 +1,13 @@
 """What an optimizer holds between steps and during one, in bytes; from `visionmoe.train.scaling`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from visionmoe.config import ModelConfig
+from visionmoe.distributed.layout import Layout
 from visionmoe.model.skeleton import skeleton
 from visionmoe.model.vit import create_model
 from visionmoe.plan.work import Work
@@ -16,15 +17,49 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
+class Share:
+    """One parameter: its shape, whether it is an expert's, and the bytes of its state."""
+
+    shape: tuple[int, ...]
+    expert: bool
+    state: int = 0
+
+    def values(self, layout: Layout) -> int:
+        """On the device that gets most of them. FSDP cuts the first axis, and beside ep the experts' second one; what
+        it cannot cut evenly, it cuts into equal parts of which the last ones are missing."""
+        if not self.shape:
+            return 1
+        if self.expert and layout.ep > 1:
+            return math.prod(self.shape) // layout.expert_shards
+        return -(-self.shape[0] // layout.dense_shards) * math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
 class Held:
     """Values of the parameters, and bytes of the optimizer's state and of its temporary values, of the dense
-    parameters and of the experts, before they are dealt out to devices."""
+    parameters and of the experts; of the whole model (`local`: of one device)."""
 
     dense: int
     experts: int
     dense_state: int = 0
     expert_state: int = 0
     working_bytes_per_value: int = 0
+    shares: tuple[Share, ...] = ()
+
+    def local(self, layout: Layout) -> "Held":
+        """Of the device that has most."""
+        sums = {"dense": 0, "experts": 0, "dense_state": 0, "expert_state": 0}
+        for share in self.shares:
+            values = share.values(layout)
+            sums["experts" if share.expert else "dense"] += values
+            sums["expert_state" if share.expert else "dense_state"] += share.state * values // math.prod(share.shape)
+        return replace(
+            self,
+            dense=sums["dense"],
+            experts=sums["experts"],
+            dense_state=sums["dense_state"],
+            expert_state=sums["expert_state"],
+        )
 
     @property
     def parameters(self) -> int:
@@ -34,26 +69,18 @@ class Held:
 def held(work: Work) -> Held:
     """ValueError for an unknown optimizer, option or value."""
     named = parameters(work.config)
-    if not work.training:
-        return Held(**_sums({name: p.numel() for name, p in named.items()}))
-    scaling = create_scaling(work.optimizer, named, work.options)
-    state = _sums({name: _state(scaling, p) for name, p in named.items()})
-    return Held(
-        **_sums({name: p.numel() for name, p in named.items()}),
-        dense_state=state["dense"],
-        expert_state=state["experts"],
-        working_bytes_per_value=_working(scaling),
+    scaling = create_scaling(work.optimizer, named, work.options) if work.training else None
+    shares = tuple(
+        Share(tuple(p.shape), ".experts." in name, 0 if scaling is None else _state(scaling, p))
+        for name, p in named.items()
     )
+    whole = Held(0, 0, working_bytes_per_value=0 if scaling is None else _working(scaling), shares=shares)
+    return whole.local(Layout())
 
 
 def parameters(config: ModelConfig) -> dict[str, torch.Tensor]:
     """All parameters by name, without memory."""
     return dict(skeleton(create_model, config).named_parameters())
-
-
-def _sums(by_name: dict[str, int]) -> dict[str, int]:
-    experts = sum(n for name, n in by_name.items() if ".experts." in name)
-    return {"dense": sum(by_name.values()) - experts, "experts": experts}
 
 
 def _state(scaling: Scaling, parameter: torch.Tensor) -> int:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from visionmoe.distributed.layout import Layout
 from visionmoe.model.flops import count_flops
 from visionmoe.model.skeleton import skeleton
 from visionmoe.model.vit import create_model
-from visionmoe.plan.layout import Layout
 from visionmoe.plan.memory import Memory
 from visionmoe.plan.optimizer import Held
 from visionmoe.plan.work import Rates, Work, routed
@@ -53,8 +53,8 @@ def traffic(work: Work, layout: Layout, sizes: Held) -> Traffic:
     """Ring collectives: of n devices each sends (n - 1) / n of what is gathered, scattered or exchanged, and twice
     that of what is all-reduced."""
     sent = [
-        _parameters(work, sizes.dense, layout.dense_shards, layout.devices // layout.dense_shards),
-        _parameters(work, sizes.experts // layout.ep, layout.fsdp, layout.devices // layout.expert_shards),
+        _parameters(work, sizes.dense, layout.dense_shards, layout.size // layout.dense_shards),
+        _parameters(work, sizes.experts // layout.ep, layout.fsdp, layout.size // layout.expert_shards),
     ]
     gradients, gather, scatter = (sum(kind) for kind in zip(*sent, strict=True))
     return Traffic(gradients, gather, scatter, _tokens(work, layout))
@@ -64,13 +64,13 @@ def _parameters(work: Work, values: int, shards: int, replicas: int) -> tuple[in
     """(all-reduce, all-gather, reduce-scatter) of so many values in shards, each shard on so many devices.
 
     Parameters are gathered for the forward pass and again for the backward pass, of every part of the batch;
-    gradients are reduced once a part within the shards, and once a step between the replicas.
+    gradients are reduced once a step, within the shards and between the replicas.
     """
     whole = values * work.parameter_bytes
     gather = round(whole * _ring(shards)) * (2 * work.accumulation if work.training else 1)
     if not work.training:
         return 0, gather, 0
-    scatter = round(FLOAT * values * _ring(shards)) * work.accumulation
+    scatter = round(FLOAT * values * _ring(shards))
     return round(2 * FLOAT * values / shards * _ring(replicas)), gather, scatter
 
 
@@ -79,7 +79,7 @@ def _tokens(work: Work, layout: Layout) -> int:
     config = work.config
     if layout.ep == 1:
         return 0
-    images = work.images(layout.devices)
+    images = work.images(layout.size)
     places = sum(routed(config, layer, images).places for layer in config.moe.layers)
     once = round(work.compute_bytes * places * config.hidden_size * _ring(layout.ep))
     return once * (4 if work.training else 2) * work.accumulation
@@ -92,8 +92,7 @@ def _ring(devices: int) -> float:
 def memory_bytes(work: Work, layout: Layout, sizes: Held, own: Memory, activations: int) -> int:
     """To and from a device's memory in one step: parameters read in each pass, activations written and read once a
     pass, and in the update parameters, gradients and state read and written. What stays in caches is not left out."""
-    dense, experts = sizes.dense // layout.dense_shards, sizes.experts // layout.expert_shards
-    read = work.parameter_bytes * (dense + experts)
+    read = work.parameter_bytes * sizes.local(layout).parameters
     if not work.training:
         return read + 2 * activations
     passes = work.accumulation * (2 * read + own.gradients + 3 * activations)

@@ -52,8 +52,9 @@ class Work:
     gpu: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.accumulation < 1:
-            raise ValueError(f"batch_size and accumulation must be >= 1, got {self.batch_size} and {self.accumulation}")
+        for name in ("accumulation", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.mode == "inference" and self.accumulation > 1:
             raise ValueError(f"accumulation must be 1 in inference, got {self.accumulation}")
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from visionmoe.config import ModelConfig
 from visionmoe.distributed.exchange import PARTS, ExpertExchange
 from visionmoe.distributed.layout import Layout, Meshes
 from visionmoe.distributed.tensors import local
@@ -49,7 +50,7 @@ class Parallel:
         self.shares_noise = not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         if self.world.size == 1:
             return
-        check(model, self.layout)
+        check(model.config, self.layout)
         self._meshes = self.layout.meshes(device)
         experts = [module for module in model.modules() if isinstance(module, Experts)] if self.layout.ep > 1 else []
         for module in experts:
@@ -175,13 +176,7 @@ def split_experts(experts: Experts, meshes: Meshes) -> None:
     experts.exchange = ExpertExchange(mesh.get_group(), PARTS.get(mesh.device_type, 1))
 
 
-def check(model: VisionTransformer, layout: Layout) -> None:
+def check(config: ModelConfig, layout: Layout) -> None:
     """ValueError where the layout does not fit the model."""
-    moe = model.config.moe
-    if layout.ep > 1 and not moe.layers:
-        raise ValueError(f"parallel: ep={layout.ep} splits experts, but the model has none")
-    if layout.ep > 1 and moe.num_experts % layout.ep:
-        raise ValueError(f"parallel: ep must divide the {moe.num_experts} experts, got {layout.ep}")
-    widths = (model.config.hidden_size, model.config.mlp_dim)
-    if layout.ep > 1 and any(width % layout.fsdp for width in widths):
-        raise ValueError(f"parallel: fsdp beside ep must divide the experts' widths {widths}, got {layout.fsdp}")
+    experts = config.moe.num_experts if config.moe.layers else 0
+    layout.check(num_experts=experts, widths=(config.hidden_size, config.mlp_dim))
