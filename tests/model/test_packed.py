@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionmoe.model import packed
@@ -77,3 +78,19 @@ def test_products_are_counted():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         layer(x)
     assert counter.get_total_flops() == 2 * 3 * 4 * 512 * 300 * 2
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own
+def test_transforms_of_torch_see_their_own_product():
+    """The derivative of x @ w.T + b along t is t @ w.T; 512 x 512 weights would be packed for 4 rows."""
+    torch.manual_seed(0)
+    layer, x, t = Linear(512, 512), torch.randn(4, 512), torch.randn(4, 512)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, t)))
+    for value, derivative in (dual, torch.func.jvp(layer, (x,), (t,))):
+        torch.testing.assert_close(value, F.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(derivative, F.linear(t, layer.weight))
+    two = {name: torch.stack([p, 2 * p]) for name, p in layer.named_parameters()}
+    once, twice = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(two)
+    torch.testing.assert_close(twice, 2 * once)

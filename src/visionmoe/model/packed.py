@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
 FUSED_PRODUCT = 1 << 27  # multiply-adds of a float32 product from which on a new kernel's making does not matter
@@ -64,10 +65,11 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def available() -> bool:
-    """Whether this torch has oneDNN's linear layer, and may use it now."""
-    return (
-        _LINEAR is not None and _PACK is not None and bool(torch.backends.mkldnn.enabled) and not torch.jit.is_tracing()
-    )
+    """Whether this torch has oneDNN's linear layer, and may use it now: it has no forward-mode derivative, and no rule
+    of torch.func."""
+    found = _LINEAR is not None and _PACK is not None and bool(torch.backends.mkldnn.enabled)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return found and not transformed and not torch.jit.is_tracing()
 
 
 @functools.cache
