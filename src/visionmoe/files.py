@@ -57,6 +57,11 @@ def read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
+def one_line(text: object) -> str:
+    """A text, or an error's, without line breaks; the type's name for an error without a text."""
+    return " ".join(str(text).split()) or (type(text).__name__ if isinstance(text, BaseException) else "")
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Returns the hexadecimal SHA-256 of a file, read in pieces."""
     with open(path, "rb") as stream:

@@ -5,12 +5,12 @@ FOLDER/rendezvous is where the processes meet; FOLDER/run is the run. A job ends
 
 import glob
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -158,12 +158,13 @@ def damage(run):
         flipped.write_bytes(data)
         (run / "checkpoints" / "step_00000003" / "optimizer-00000-of-00002.safetensors").unlink()
     dist.barrier()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        path = latest_good_together(run)
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("visionmoe").addHandler(handler)
+    path = latest_good_together(run)
     return [
         path.name,
-        [str(w.message) for w in caught],
+        messages,
         raised(lambda: load_sharded(path.with_name("step_00000003"), {})),
     ]
 

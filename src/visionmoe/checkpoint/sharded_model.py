@@ -2,6 +2,7 @@
 parameters, of whatever format, into the parts that a process has."""
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,15 +10,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 
+from visionmoe.checkpoint import engine
 from visionmoe.checkpoint.errors import CheckpointError
 from visionmoe.checkpoint.mapping import compare, complain, our_shapes
-from visionmoe.checkpoint.parts import inside, own_parts, part_of
-from visionmoe.checkpoint.ranks import Group, by_first, together
 from visionmoe.checkpoint.sources import DirectorySource, Source, open_source
 from visionmoe.checkpoint.store import verify
 from visionmoe.checkpoint.stored import StoredTensors
 from visionmoe.config import ModelConfig, from_dict
+from visionmoe.distributed.world import Group
 from visionmoe.files import read_json, sync
 from visionmoe.model.pretrained import METADATA, Preprocessing, empty_tensor, pretrained_files
 from visionmoe.model.tensor_file import Box, memory, plan_file, write_box
@@ -52,8 +56,8 @@ def export_pretrained(
         preprocessing = from_dict(Preprocessing, state["preprocessing"])
     class_names = state.get("class_names") if class_names is None else class_names
     tensors = stored.groups[group]
-    complain(str(path), compare({name: whole.shape for name, whole in tensors.items()}, our_shapes(config)))
-    start, places = plan_file({name: (whole.shape, whole.dtype) for name, whole in tensors.items()}, METADATA)
+    complain(str(path), compare({name: tuple(whole.size) for name, whole in tensors.items()}, our_shapes(config)))
+    start, places = plan_file({name: (whole.size, whole.properties.dtype) for name, whole in tensors.items()}, METADATA)
     with pretrained_files(directory, config, preprocessing, class_names) as temporary, open(temporary, "wb") as stream:
         stream.write(start)
         for name, place in places.items():
@@ -76,27 +80,10 @@ def save_pretrained_sharded(
     the one model.safetensors. Collective; the directory is one that all processes see.
     """
     complain("the model's state", compare({n: tuple(t.shape) for n, t in model_state.items()}, our_shapes(config)))
-    parts = own_parts({"model": model_state}, group)["model"]
-    start, places = plan_file({name: (tuple(t.shape), t.dtype) for name, t in model_state.items()}, METADATA)
-
-    def write_own() -> None:
-        with open(path, "r+b") as stream:
-            for name, part in parts.items():
-                write_box(stream.fileno(), places[name], part.box, part.values)
-        sync(path)
-
-    with contextlib.ExitStack() as stack:
-
-        def prepare() -> Path:
-            temporary = stack.enter_context(pretrained_files(directory, config, preprocessing, class_names))
-            with open(temporary, "wb") as stream:
-                stream.write(start)
-                stream.truncate(len(start) + sum(place.nbytes for place in places.values()))
-            return temporary
-
-        path = by_first(prepare, group)
-        together(write_own, group)
-        by_first(stack.close, group)
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model_state.items()}
+    with contextlib.ExitStack() as stack:  # left with an error, it removes what was begun
+        files = pretrained_files(directory, config, preprocessing, class_names)
+        engine.save(model_state, _ModelWriter(shapes, files, stack), group)
 
 
 def read_into_sharded(
@@ -118,15 +105,51 @@ def read_into_sharded(
     shapes = our_shapes(source.config)
     asked = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     complain("what is to be filled", compare(asked, {name: shapes[name] for name in asked if name in shapes}))
-    for name, tensor in targets.items():
-        part = part_of(name, tensor)
+
+    def read(item: ReadItem, target: Tensor) -> None:
+        name = item.storage_index.fqn
         if isinstance(source, DirectorySource):
-            source.read_box(name, part.box, part.values)
-            continue
+            source.read_box(name, engine.box_of(item.storage_offsets, item.lengths), target)
+            return
         whole = empty_tensor(shapes[name], source.dtype(name))
         source.fill({name: whole})
-        part.values.copy_(whole[inside(part.box, tuple((0, size) for size in shapes[name]))])
+        target.copy_(whole[engine.slices(item.storage_offsets, item.lengths)])
+
+    engine.load(targets, {name: engine.stored_whole(shapes[name], source.dtype(name)) for name in asked}, read)
     return source
+
+
+class _ModelWriter(engine.Writer):
+    """One file of tensors of these shapes and types. files: yields its path, and gives it its name; `stack` is what
+    it is entered in."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        files: contextlib.AbstractContextManager[Path],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._start, self._places = plan_file(shapes, METADATA)
+        self._files, self._stack = files, stack
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        path = self._stack.enter_context(self._files)
+        with open(path, "wb") as stream:
+            stream.write(self._start)
+            stream.truncate(len(self._start) + sum(place.nbytes for place in self._places.values()))
+        return [dataclasses.replace(plan, storage_data=path) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        with open(plan.storage_data, "r+b") as stream:
+            for item in plan.items:
+                assert item.tensor_data is not None
+                box = engine.box_of(item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes)
+                write_box(stream.fileno(), self._places[item.index.fqn], box, planner.resolve_data(item))
+        sync(plan.storage_data)
+        return engine.done([])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._stack.close()
 
 
 def _slices(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:

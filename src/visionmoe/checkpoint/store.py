@@ -43,6 +43,11 @@ class RunState:
     state: dict[str, Any]
 
 
+def step_path(run_dir: str | os.PathLike, step: int) -> Path:
+    """The folder of a run's checkpoint."""
+    return Path(run_dir) / FOLDER / f"step_{step:08d}"
+
+
 def begin(run_dir: str | os.PathLike) -> Path:
     """A new folder in which the files of a checkpoint can be written before it has its name."""
     parent = Path(run_dir) / FOLDER
@@ -66,7 +71,7 @@ def publish(
     write_json(temporary / "state.json", {"step": step, **state})
     manifest = {"step": step, "files": {**entries, "state.json": _entry(temporary / "state.json")}}
     write_json(temporary / MANIFEST_NAME, {**manifest, "sha256": _own_digest(manifest)})
-    final = temporary.parent / f"step_{step:08d}"
+    final = step_path(run_dir, step)
     old = temporary.parent / f"{_OLD}{final.name}"
     if final.exists():
         if old.exists():

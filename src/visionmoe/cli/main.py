@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from visionmoe import __version__
 from visionmoe.cli import options
-from visionmoe.cli.parse import UsageError, closest, one_line, parse
+from visionmoe.cli.parse import UsageError, closest, parse
+from visionmoe.files import one_line
 
 # command -> (its options, the module whose function `run(options)` does it)
 COMMANDS = {

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import tyro
 
+from visionmoe.files import one_line
+
 T = TypeVar("T")
 _BOX = "╭╮╰╯│─"
 
@@ -52,10 +54,6 @@ def unboxed(text: str) -> str:
     names = [line.split()[0] for part in parts[1:] if part[0].startswith("Perhaps") for line in part[1:]]
     meant = [name for name in names if name.startswith("--")]
     return message.rstrip(".") + (f"; did you mean {meant[0].rstrip(',')}?" if meant else "")
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def closest(given: str, allowed: Iterable[str]) -> str:
