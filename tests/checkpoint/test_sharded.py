@@ -85,7 +85,7 @@ def test_one_process_goes_on_from_two_and_every_element_is_stored_once(folder):
 def test_faults_are_named_on_both_processes_and_the_previous_checkpoint_is_used(folder, caplog):
     first, second = (json.loads((folder / f"report-{rank}.json").read_text()) for rank in (0, 1))
     names, shapes, state, missing, partial = first["errors"]
-    assert names == "ValueError: rank 1 and rank 0 do not have the same tensors: model.b"
+    assert names == "ValueError: model.b is (2,) torch.float32 on rank 1, but missing on rank 0"
     assert shapes == "ValueError: model.a is (4,) torch.float32 on rank 1, but (3,) torch.float32 on rank 0"
     assert second["errors"][:2] == [text.replace("Error: ", "Error: rank 0: ") for text in (names, shapes)]
     assert (

@@ -8,7 +8,6 @@ The work is done by torch.distributed.checkpoint (`engine`). Its own storages ar
 by a pickle, or take all safetensors files of a folder as one set of names, listed in the manifest or not.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -18,14 +17,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
 
 from visionmoe.checkpoint import engine
-from visionmoe.checkpoint.engine import Groups
+from visionmoe.checkpoint.engine import Groups, Part
 from visionmoe.checkpoint.errors import CheckpointError
 from visionmoe.checkpoint.store import (
     FOLDER,
@@ -43,6 +38,7 @@ from visionmoe.distributed.world import TIMEOUT, Group, gather, rank_of, size_of
 from visionmoe.files import one_line, read_json, sync
 from visionmoe.model.tensor_file import memory, plan_file
 
+Entries = dict[str, dict[str, Any]]  # a manifest's: file name -> {"sha256", "bytes"}
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +78,9 @@ class AsyncSaver:
     """
 
     def __init__(self) -> None:
-        self._group: Group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
+        self._group: Group = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # type: ignore[assignment]
         self._under_way: tuple[Future, _RunWriter] | None = None
         self._written: Path | None = None
 
@@ -115,10 +113,6 @@ class AsyncSaver:
             raise engine.same_kind(fault, text) from error
         self._written = writer.path
         return self._written
-
-    @property
-    def busy(self) -> bool:
-        return self._under_way is not None and not self._under_way[0].done()
 
 
 def load_sharded(path: str | os.PathLike, targets: Groups) -> dict[str, Any]:
@@ -183,31 +177,24 @@ class _RunWriter(engine.Writer):
         self.step, self.path = step, step_path(run_dir, step)
         self._run_dir, self._groups, self._state, self._keep_last = Path(run_dir), list(groups), state, keep_last
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+    def begin(self) -> Path:
         self._folder = begin(self._run_dir)
-        places = [(self._folder, rank, len(plans)) for rank in range(len(plans))]
-        return [dataclasses.replace(plan, storage_data=place) for plan, place in zip(plans, places, strict=True)]
+        return self._folder
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        folder, rank, size = plan.storage_data
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder.parent} must be a folder that all processes share")
-        parts: dict[str, dict[str, WriteItem]] = {group: {} for group in self._groups}
-        for item in plan.items:
-            group, name = engine.split_name(item.index.fqn)
-            parts[group][name] = item
+    def write(self, path: Path, rank: int, size: int, parts: list[Part]) -> Entries:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path.parent} must be a folder that all processes share")
         suffix = SUFFIX if size == 1 else f"-{rank:05d}-of-{size:05d}{SUFFIX}"
-        results = [
-            _write_file(folder / f"{group}{suffix}", items, planner, whole=size == 1)
-            for group, items in parts.items()
-            if items or rank == 0
-        ]
-        sync(folder)
-        return engine.done(results)
+        entries = {}
+        for group in self._groups:
+            own = {part.name.partition(".")[2]: part for part in parts if part.name.startswith(f"{group}.")}
+            if own or rank == 0:
+                entries[f"{group}{suffix}"] = _write_file(path / f"{group}{suffix}", own, whole=size == 1)
+        sync(path)
+        return entries
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files = [file for theirs in results for file in theirs]
-        entries = {file.index.fqn: {"sha256": file.storage_data, "bytes": file.size_in_bytes} for file in files}
+    def end(self, results: list[Entries]) -> None:
+        entries = {name: entry for own in results for name, entry in own.items()}
         publish(self._run_dir, self.step, self._folder, entries, self._state, self._keep_last)
 
     def clear(self, group: Group) -> None:
@@ -216,22 +203,21 @@ class _RunWriter(engine.Writer):
             clear_partial(self.path.parent)
 
 
-def _write_file(path: Path, items: Mapping[str, WriteItem], planner: SavePlanner, whole: bool) -> WriteResult:
+def _write_file(path: Path, parts: Mapping[str, Part], whole: bool) -> dict[str, Any]:
     """Writes, hashes what is written, and waits for the disk."""
-    parts = {name: item.tensor_data for name, item in items.items() if item.tensor_data is not None}
-    places = {name: [list(part.size), list(part.chunk.offsets)] for name, part in parts.items()}
+    places = {name: [part.shape, [start for start, _ in part.box]] for name, part in parts.items()}
     metadata = None if whole else {PARTS_KEY: json.dumps(places)}
-    start, order = plan_file({n: (part.chunk.sizes, part.properties.dtype) for n, part in parts.items()}, metadata)
+    start, order = plan_file({n: ([b - a for a, b in part.box], part.dtype) for n, part in parts.items()}, metadata)
     digest = hashlib.sha256(start)
     with open(path, "wb") as stream:
         stream.write(start)
         for name in order:
-            data = memory(planner.resolve_data(items[name]).detach())
+            data = memory(parts[name].values())
             digest.update(data)
             stream.write(data)
         size = stream.tell()
     sync(path)
-    return WriteResult(MetadataIndex(path.name), size, digest.hexdigest())
+    return {"sha256": digest.hexdigest(), "bytes": size}
 
 
 def _fault(path: Path, group: Group) -> str | None:

@@ -2,7 +2,6 @@
 parameters, of whatever format, into the parts that a process has."""
 
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from visionmoe.checkpoint import engine
 from visionmoe.checkpoint.errors import CheckpointError
@@ -106,16 +103,17 @@ def read_into_sharded(
     asked = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     complain("what is to be filled", compare(asked, {name: shapes[name] for name in asked if name in shapes}))
 
-    def read(item: ReadItem, target: Tensor) -> None:
-        name = item.storage_index.fqn
+    def read(part: MetadataIndex, box: Box, target: Tensor) -> None:
         if isinstance(source, DirectorySource):
-            source.read_box(name, engine.box_of(item.storage_offsets, item.lengths), target)
+            source.read_box(part.fqn, box, target)
             return
-        whole = empty_tensor(shapes[name], source.dtype(name))
-        source.fill({name: whole})
-        target.copy_(whole[engine.slices(item.storage_offsets, item.lengths)])
+        whole = empty_tensor(shapes[part.fqn], source.dtype(part.fqn))
+        source.fill({part.fqn: whole})
+        target.copy_(whole[engine.inside(box)])
 
-    engine.load(targets, {name: engine.stored_whole(shapes[name], source.dtype(name)) for name in asked}, read)
+    whole_boxes = {name: tuple((0, size) for size in shape) for name, shape in asked.items()}
+    stored = {name: engine.stored_parts(asked[name], source.dtype(name), box) for name, box in whole_boxes.items()}
+    engine.load(targets, stored, read)
     return source
 
 
@@ -132,23 +130,20 @@ class _ModelWriter(engine.Writer):
         self._start, self._places = plan_file(shapes, METADATA)
         self._files, self._stack = files, stack
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+    def begin(self) -> Path:
         path = self._stack.enter_context(self._files)
         with open(path, "wb") as stream:
             stream.write(self._start)
             stream.truncate(len(self._start) + sum(place.nbytes for place in self._places.values()))
-        return [dataclasses.replace(plan, storage_data=path) for plan in plans]
+        return path
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        with open(plan.storage_data, "r+b") as stream:
-            for item in plan.items:
-                assert item.tensor_data is not None
-                box = engine.box_of(item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes)
-                write_box(stream.fileno(), self._places[item.index.fqn], box, planner.resolve_data(item))
-        sync(plan.storage_data)
-        return engine.done([])
+    def write(self, path: Path, rank: int, size: int, parts: list[engine.Part]) -> None:
+        with open(path, "r+b") as stream:
+            for part in parts:
+                write_box(stream.fileno(), self._places[part.name], part.box, part.values())
+        sync(path)
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+    def end(self, results: list[None]) -> None:
         self._stack.close()
 
 

@@ -134,7 +134,13 @@ def load_run_state(path: str | os.PathLike, device: str | torch.device = "cpu") 
     path = Path(path)
     stored = StoredTensors.open(path, verify(path))
     state = read_json(path / "state.json")
-    tensors = {group: {n: stored.read(group, n, device) for n in names} for group, names in stored.groups.items()}
+    tensors = {
+        group: {
+            name: torch.empty(whole.size, dtype=whole.properties.dtype, device=device) for name, whole in own.items()
+        }
+        for group, own in stored.groups.items()
+    }
+    stored.fill(tensors)
     return RunState(step=state.pop("step"), tensors=tensors, state=state)
 
 

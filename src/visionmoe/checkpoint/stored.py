@@ -11,16 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from visionmoe.checkpoint import engine
 from visionmoe.checkpoint.errors import CheckpointError
 from visionmoe.checkpoint.mapping import compare
-from visionmoe.model.pretrained import empty_tensor
 from visionmoe.model.tensor_file import Box, TensorFile, open_tensor_file
 
 PARTS_KEY = "visionmoe-parts"  # in a header's metadata: name -> [shape of the whole, offset of the part]
@@ -50,18 +46,9 @@ class StoredTensors:
                     raise CheckpointError(f"{path} has only parts of {group}: {name}")
         return stored
 
-    def read(self, group: str, name: str, device: str | torch.device = "cpu") -> Tensor:
-        """A whole tensor, in memory of its own."""
-        whole = self.groups[group][name]
-        target = empty_tensor(whole.size, whole.properties.dtype)
-        self.read_box(group, name, tuple((0, size) for size in whole.size), target)
-        return target.to(device)
-
     def read_box(self, group: str, name: str, box: Box, target: Tensor) -> None:
         """Fills `target` with a part of a tensor. Of the files only the bytes of this part are read."""
-        parts = create_read_items_for_chunk_list(f"{group}.{name}", self.groups[group][name], [engine.chunk(box)])
-        for item in parts:
-            self._read(item, target[engine.slices(item.dest_offsets, item.lengths)])
+        engine.read_box(f"{group}.{name}", self.groups[group][name], box, target, self._read)
 
     def fill(self, targets: engine.Groups) -> None:
         """Fills tensors, and this process's parts of DTensors, of some groups; other types are converted.
@@ -77,10 +64,9 @@ class StoredTensors:
         described = {f"{group}.{name}": self.groups[group][name] for group in targets for name in targets[group]}
         engine.load(targets, described, self._read)
 
-    def _read(self, item: ReadItem, target: Tensor) -> None:
-        part, name = self.files[item.storage_index], engine.split_name(item.storage_index.fqn)[1]
+    def _read(self, part: MetadataIndex, box: Box, target: Tensor) -> None:
         try:
-            part.read_box(name, engine.box_of(item.storage_offsets, item.lengths), target)
+            self.files[part].read_box(part.fqn.partition(".")[2], box, target)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
 
@@ -91,14 +77,12 @@ class StoredTensors:
             places = json.loads(file.metadata[PARTS_KEY]) if PARTS_KEY in file.metadata else None
             for name, part in file.tensors.items():
                 shape, offset = (part.shape, (0,) * len(part.shape)) if places is None else places[name]
-                whole = TensorStorageMetadata(TensorProperties(part.dtype), torch.Size(shape), [])
-                whole = tensors.setdefault(name, whole)
-                chunk = engine.chunk(engine.box_of(offset, torch.Size(part.shape)))
-                same = (tuple(whole.size), whole.properties.dtype) == (tuple(shape), part.dtype)
-                if not same or len(chunk.offsets) != len(whole.size):
+                whole = tensors.setdefault(name, engine.stored_parts(shape, part.dtype))
+                box = tuple((start, start + size) for start, size in zip(offset, part.shape, strict=True))
+                if tuple(whole.size) != tuple(shape) or whole.properties.dtype != part.dtype or len(box) != len(shape):
                     raise ValueError(f"{path}: {name} is not a part of the same tensor as in the other files")
-                whole.chunks.append(chunk)
-                self.files[MetadataIndex(f"{group}.{name}", chunk.offsets)] = file  # type: ignore[index]
+                whole.chunks.append(engine.chunk(box))
+                self.files[MetadataIndex(f"{group}.{name}", offset)] = file  # type: ignore[index]
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} does not say where its parts belong: {error}") from None
         except ValueError as error:
