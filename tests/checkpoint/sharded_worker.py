@@ -109,7 +109,8 @@ def two(folder):
     saver = AsyncSaver()
     assert saver.wait() is None
     state = json.loads(json.dumps(STATE))
-    saver.save(run, 4, groups, state)
+    saver.save(run, 4, spread(whole(seed=1), {"ep": 2}), state)
+    saver.save(run, 4, groups, state)  # laid out as the one before, which it replaces
     fill(groups, 0)  # what a run does to its parameters meanwhile
     state["progress"]["step"] = -1
     assert saver.wait().name == "step_00000004"

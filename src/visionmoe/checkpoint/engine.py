@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -41,6 +42,14 @@ class Part:
     values: Callable[[], Tensor]
 
 
+@dataclasses.dataclass
+class LastPlan:
+    """What this process has planned for its last save, and what of it was its own to write."""
+
+    plan: dcp.SavePlan | None = None
+    own: list[dcp.WriteItem] = dataclasses.field(default_factory=list)
+
+
 def save(tensors: Tensors, writer: "Writer", group: Group) -> None:
     """Every element of all processes' tensors once through `writer`. Collective; errors as `cause` has them."""
     _one_process_is_meant()
@@ -50,12 +59,12 @@ def save(tensors: Tensors, writer: "Writer", group: Group) -> None:
         raise cause(error, group) from error
 
 
-def save_in_thread(tensors: Tensors, writer: "Writer", group: Group) -> Future:
+def save_in_thread(tensors: Tensors, writer: "Writer", group: Group, last: LastPlan) -> Future:
     """As `save`, but a thread writes a copy of the tensors. Collective; what goes wrong in the thread is the future's
-    exception."""
+    exception. last: kept from save to save."""
     _one_process_is_meant()
     planner = Planner()
-    stager = _OwnParts(planner, group)
+    stager = _OwnParts(planner, group, last)
     return dcp.async_save(  # type: ignore[return-value]  # of stagers that copy in a thread, too, it is another
         _dicts(tensors), storage_writer=writer, planner=planner, process_group=group, async_stager=stager
     )
@@ -119,7 +128,8 @@ class Planner(dcp.DefaultSavePlanner):
             if any(type(placement) not in (Shard, Replicate) for placement in placements):
                 raise ValueError(f"{name} is laid out as {placements}; checkpoints know Shard and Replicate")
         plan = super().create_local_plan()
-        items = [item for item in plan.items if _has_elements(item)]
+        # Whole tensors first: torch's balance counts a part as its whole tensor, and rank 0's before all others.
+        items = sorted(filter(_has_elements, plan.items), key=lambda item: item.type == WriteItemType.SHARD)
         own = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in self.state_dict.items()}
         return dataclasses.replace(plan, items=items, planner_data=own)
 
@@ -136,17 +146,20 @@ class Planner(dcp.DefaultSavePlanner):
 
 
 class _OwnParts(BlockingAsyncStager):
-    """Copies what this process is going to write to the CPU's memory. torch's own stagers copy all that it has: of a
-    data parallel run everything, on every process."""
+    """Copies what this process is going to write to the CPU's memory: what it wrote last, while no process plans
+    anything else. torch's own stagers copy all that it has: of a data parallel run everything, on every process."""
 
-    def __init__(self, planner: Planner, group: Group) -> None:
+    def __init__(self, planner: Planner, group: Group, last: LastPlan) -> None:
         super().__init__()
-        self._planner, self._group = planner, group
+        self._planner, self._group, self._last = planner, group, last
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._planner.set_up_planner(state_dict)
-        plans = gather(self._planner.create_local_plan(), self._group)
-        for item in self._planner.create_global_plan(plans)[0][rank_of(self._group)].items:
+        plan = self._planner.create_local_plan()
+        if not all(gather(plan == self._last.plan, self._group)):
+            plans, _ = self._planner.create_global_plan(gather(plan, self._group))
+            self._last.plan, self._last.own = plan, plans[rank_of(self._group)].items
+        for item in self._last.own:
             values: Any = self._planner.resolve_data(item)
             copy = values.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             self._planner.copies[item.index] = copy

@@ -81,6 +81,7 @@ class AsyncSaver:
         self._group: Group = None
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # type: ignore[assignment]
+        self._last = engine.LastPlan()
         self._under_way: tuple[Future, _RunWriter] | None = None
         self._written: Path | None = None
 
@@ -95,7 +96,7 @@ class AsyncSaver:
         """Collective; see `save_sharded`."""
         self.wait()
         writer = _RunWriter(run_dir, step, tensors, json.loads(json.dumps(dict(state))), keep_last)
-        self._under_way = engine.save_in_thread(tensors, writer, self._group), writer
+        self._under_way = engine.save_in_thread(tensors, writer, self._group, self._last), writer
 
     def wait(self) -> Path | None:
         """Waits for the save under way and returns the folder of the latest; None before the first.
@@ -187,7 +188,7 @@ class _RunWriter(engine.Writer):
         suffix = SUFFIX if size == 1 else f"-{rank:05d}-of-{size:05d}{SUFFIX}"
         entries = {}
         for group in self._groups:
-            own = {part.name.partition(".")[2]: part for part in parts if part.name.startswith(f"{group}.")}
+            own = {p.name.removeprefix(f"{group}."): p for p in parts if p.name.startswith(f"{group}.")}
             if own or rank == 0:
                 entries[f"{group}{suffix}"] = _write_file(path / f"{group}{suffix}", own, whole=size == 1)
         sync(path)

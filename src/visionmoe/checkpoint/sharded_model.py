@@ -77,10 +77,9 @@ def save_pretrained_sharded(
     the one model.safetensors. Collective; the directory is one that all processes see.
     """
     complain("the model's state", compare({n: tuple(t.shape) for n, t in model_state.items()}, our_shapes(config)))
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model_state.items()}
-    with contextlib.ExitStack() as stack:  # left with an error, it removes what was begun
-        files = pretrained_files(directory, config, preprocessing, class_names)
-        engine.save(model_state, _ModelWriter(shapes, files, stack), group)
+    writer = _ModelWriter(model_state, pretrained_files(directory, config, preprocessing, class_names))
+    with writer.begun:
+        engine.save(model_state, writer, group)
 
 
 def read_into_sharded(
@@ -118,20 +117,16 @@ def read_into_sharded(
 
 
 class _ModelWriter(engine.Writer):
-    """One file of tensors of these shapes and types. files: yields its path, and gives it its name; `stack` is what
-    it is entered in."""
+    """One file of these tensors. files: yields its path, and gives it its name. begun: left with an error, it removes
+    what the first process has begun."""
 
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        files: contextlib.AbstractContextManager[Path],
-        stack: contextlib.ExitStack,
-    ) -> None:
+    def __init__(self, model_state: Mapping[str, Tensor], files: contextlib.AbstractContextManager[Path]) -> None:
+        shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model_state.items()}
         self._start, self._places = plan_file(shapes, METADATA)
-        self._files, self._stack = files, stack
+        self._files, self.begun = files, contextlib.ExitStack()
 
     def begin(self) -> Path:
-        path = self._stack.enter_context(self._files)
+        path = self.begun.enter_context(self._files)
         with open(path, "wb") as stream:
             stream.write(self._start)
             stream.truncate(len(self._start) + sum(place.nbytes for place in self._places.values()))
@@ -144,7 +139,7 @@ class _ModelWriter(engine.Writer):
         sync(path)
 
     def end(self, results: list[None]) -> None:
-        self._stack.close()
+        self.begun.close()
 
 
 def _slices(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:

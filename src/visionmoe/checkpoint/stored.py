@@ -27,11 +27,11 @@ _FILE = re.compile(r"(.+?)(?:-(\d{5,})-of-(\d{5,}))?\.safetensors")
 @dataclass(frozen=True)
 class StoredTensors:
     """groups: by group ("model", "optimizer", "ema") and name a tensor's size, type and parts, as
-    torch.distributed.checkpoint describes them. files: where each part is."""
+    torch.distributed.checkpoint describes them. files: where each part is, and under which name."""
 
     path: Path
     groups: Mapping[str, Mapping[str, TensorStorageMetadata]] = field(repr=False)
-    files: Mapping[MetadataIndex, TensorFile] = field(repr=False)
+    files: Mapping[MetadataIndex, tuple[TensorFile, str]] = field(repr=False)
 
     @classmethod
     def open(cls, path: Path, files: Iterable[Path]) -> "StoredTensors":
@@ -65,8 +65,9 @@ class StoredTensors:
         engine.load(targets, described, self._read)
 
     def _read(self, part: MetadataIndex, box: Box, target: Tensor) -> None:
+        file, name = self.files[part]
         try:
-            self.files[part].read_box(part.fqn.partition(".")[2], box, target)
+            file.read_box(name, box, target)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
 
@@ -82,7 +83,7 @@ class StoredTensors:
                 if tuple(whole.size) != tuple(shape) or whole.properties.dtype != part.dtype or len(box) != len(shape):
                     raise ValueError(f"{path}: {name} is not a part of the same tensor as in the other files")
                 whole.chunks.append(engine.chunk(box))
-                self.files[MetadataIndex(f"{group}.{name}", offset)] = file  # type: ignore[index]
+                self.files[MetadataIndex(f"{group}.{name}", offset)] = file, name  # type: ignore[index]
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} does not say where its parts belong: {error}") from None
         except ValueError as error:
