@@ -64,6 +64,11 @@ def disk_fault(error: OSError) -> str | None:
     return next((text for text in faults if text in str(error)), None)
 
 
+def one_line(text: object) -> str:
+    """A text, or an error's, without line breaks; the type's name for an error without a text."""
+    return " ".join(str(text).split()) or (type(text).__name__ if isinstance(text, BaseException) else "")
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Returns the hexadecimal SHA-256 of a file, read in pieces."""
     with open(path, "rb") as stream:

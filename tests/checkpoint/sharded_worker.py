@@ -5,12 +5,12 @@ FOLDER/rendezvous is where the processes meet; FOLDER/run is the run. A job ends
 
 import glob
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -109,7 +109,8 @@ def two(folder):
     saver = AsyncSaver()
     assert saver.wait() is None
     state = json.loads(json.dumps(STATE))
-    saver.save(run, 4, groups, state)
+    saver.save(run, 4, spread(whole(seed=1), {"ep": 2}), state)
+    saver.save(run, 4, groups, state)  # laid out as the one before, which it replaces
     fill(groups, 0)  # what a run does to its parameters meanwhile
     state["progress"]["step"] = -1
     assert saver.wait().name == "step_00000004"
@@ -158,12 +159,13 @@ def damage(run):
         flipped.write_bytes(data)
         (run / "checkpoints" / "step_00000003" / "optimizer-00000-of-00002.safetensors").unlink()
     dist.barrier()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        path = latest_good_together(run)
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("visionmoe").addHandler(handler)
+    path = latest_good_together(run)
     return [
         path.name,
-        [str(w.message) for w in caught],
+        messages,
         raised(lambda: load_sharded(path.with_name("step_00000003"), {})),
     ]
 

@@ -7,9 +7,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import visionmoe as vm
-from visionmoe.checkpoint.parts import own_parts
+from visionmoe.checkpoint.engine import Planner
 from visionmoe.distributed.layout import Layout
-from visionmoe.distributed.world import current, gather_tensors
+from visionmoe.distributed.world import current, gather, gather_tensors
 from visionmoe.evaluate.forward import evaluation_mode
 from visionmoe.model.experts import Experts
 from visionmoe.train.ema import Ema
@@ -84,7 +84,9 @@ def train(case: Case, steps: int = STEPS) -> dict[str, Any]:
         if step == 0:
             out["gradients"] = {n: whole_tensor(p.grad).clone() for n, p in model.named_parameters()}
     tensors, _ = training_state(model, optimizer, ema, Progress())
-    own_parts(tensors, None)  # collective: whether all parts are whole together, so that they can be saved
+    planner = Planner()
+    planner.set_up_planner(tensors)
+    planner.create_global_plan(gather(planner.create_local_plan()))  # all parts are whole together, and can be saved
     out["parameters"] = {n: whole_tensor(p.detach()).clone() for n, p in model.named_parameters()}
     model.eval()
     with torch.no_grad():

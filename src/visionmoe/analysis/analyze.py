@@ -17,13 +17,12 @@ from typing import Any
 from visionmoe.analysis.collect import Keeping, Statistics, collect, statistics_of_first
 from visionmoe.analysis.random_router import ablations, run_ablations, summarise
 from visionmoe.config import ModelConfig, to_dict
-from visionmoe.data.decode import one_line
 from visionmoe.data.loader import EvalLoader
 from visionmoe.distributed.world import current, from_first
 from visionmoe.evaluate.adaptive import layer_settings
 from visionmoe.evaluate.classify import ClassificationEvaluator
 from visionmoe.evaluate.fingerprint import data_fingerprint, model_fingerprint
-from visionmoe.files import read_json, write_json
+from visionmoe.files import one_line, read_json, write_json
 from visionmoe.model.vit import VisionTransformer
 
 _log = logging.getLogger(__name__)

@@ -17,12 +17,11 @@ import torch
 from visionmoe.analysis.record import entropy_bits, recording, recording_probabilities, requests_of, with_probabilities
 from visionmoe.analysis.stats import BEST, LayerStatistics, Moments, Shape, make_shuffles
 from visionmoe.config import ModelConfig
-from visionmoe.data.decode import one_line
 from visionmoe.data.loader import EvalLoader
 from visionmoe.distributed.world import current, from_first, gather, sum_of_all, tensor_of_first
 from visionmoe.evaluate.forward import autocast_context, evaluation_mode, prepare
 from visionmoe.evaluate.shared_batches import Share, broken_of_all, segments
-from visionmoe.files import atomic_write
+from visionmoe.files import atomic_write, one_line
 from visionmoe.model.vit import VisionTransformer
 
 _log = logging.getLogger(__name__)

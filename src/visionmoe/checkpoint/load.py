@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionmoe.checkpoint import engine
 from visionmoe.checkpoint.mapping import compare, complain, our_shapes
-from visionmoe.checkpoint.parts import inside, part_of
 from visionmoe.checkpoint.resize import resize_pos_embed
 from visionmoe.checkpoint.sharded_model import read_into_sharded
 from visionmoe.checkpoint.sources import Source, open_source
@@ -93,9 +93,8 @@ def fill_parts(state: Mapping[str, Tensor], source: Source, final: ModelConfig, 
     """As `fill`, of parameters of which this process has parts (DTensors): it reads its own. Not collective."""
     stored = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in fresh}
     if "pos_embed" in stored and source.config.grid != final.grid:
-        part = part_of("pos_embed", stored.pop("pos_embed"))
-        whole = tuple((0, size) for size in part.shape)
-        part.values.copy_(_resized_positions(source, final)[inside(part.box, whole)])
+        positions = _resized_positions(source, final)
+        engine.load_from({"pos_embed": stored.pop("pos_embed")}, {"pos_embed": positions})
     read_into_sharded(source, None, stored)
     _fill_new_head(state, final, fresh)
 

@@ -4,27 +4,26 @@ The folder is that of `store`, RUN/checkpoints/step_XXXXXXXX, which appears unde
 written everything; `stored` describes its files. The number of processes that write, and how their tensors are laid
 out, say nothing about those that read: a folder of four processes is read by two, by one, and by four others.
 
-The files are plain safetensors with a line of metadata. torch.distributed.checkpoint is not used: its safetensors
-reader takes all files of a folder as one set of names, listed in the manifest or not, concludes a tensor's shape from
-the parts that it happens to find, and does not tell a folder of one process from one of several groups; its writer
-puts a process's whole part together in memory once more before it writes it.
+The work is done by torch.distributed.checkpoint (`engine`). Its own storages are not used: they describe a checkpoint
+by a pickle, or take all safetensors files of a folder as one set of names, listed in the manifest or not.
 """
 
 import hashlib
 import json
+import logging
 import os
-import threading
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from visionmoe.checkpoint import engine
+from visionmoe.checkpoint.engine import Groups, Part
 from visionmoe.checkpoint.errors import CheckpointError
-from visionmoe.checkpoint.parts import Groups, Part, own_parts, to_memory
-from visionmoe.checkpoint.ranks import Group, by_first, one_line, rank_of, share_out, size_of, together
 from visionmoe.checkpoint.store import (
+    FOLDER,
     begin,
     check_file,
     clear_partial,
@@ -32,13 +31,15 @@ from visionmoe.checkpoint.store import (
     listed_files,
     publish,
     read_manifest,
+    step_path,
 )
 from visionmoe.checkpoint.stored import PARTS_KEY, SUFFIX, StoredTensors
-from visionmoe.distributed.world import TIMEOUT, gather
-from visionmoe.files import read_json, sync
+from visionmoe.distributed.world import TIMEOUT, Group, gather, rank_of, size_of
+from visionmoe.files import one_line, read_json, sync
 from visionmoe.model.tensor_file import memory, plan_file
 
 Entries = dict[str, dict[str, Any]]  # a manifest's: file name -> {"sha256", "bytes"}
+_log = logging.getLogger(__name__)
 
 
 def save_sharded(
@@ -60,8 +61,12 @@ def save_sharded(
     state: JSON values; those of the first process are written. The run's folder is one that all processes see. An
     error on any process is raised on all, and leaves nothing behind.
     """
-    temporary, parts = _begin(run_dir, tensors, keep_last, group)
-    return _finish(Path(run_dir), step, temporary, parts, dict(state), keep_last, group)
+    writer = _RunWriter(run_dir, step, tensors, state, keep_last)
+    try:
+        engine.save(tensors, writer, group)
+    finally:
+        writer.clear(group)
+    return writer.path
 
 
 class AsyncSaver:
@@ -73,11 +78,12 @@ class AsyncSaver:
     """
 
     def __init__(self) -> None:
-        self._group: Group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
-        self._thread: threading.Thread | None = None
-        self._step = 0
+        self._group: Group = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # type: ignore[assignment]
+        self._last = engine.LastPlan()
+        self._under_way: tuple[Future, _RunWriter] | None = None
         self._written: Path | None = None
-        self._error: Exception | None = None
 
     def save(
         self,
@@ -89,39 +95,25 @@ class AsyncSaver:
     ) -> None:
         """Collective; see `save_sharded`."""
         self.wait()
-        temporary, parts = _begin(run_dir, tensors, keep_last, self._group)
-        copies = {name: dict(zip(own, to_memory(own.values()), strict=True)) for name, own in parts.items()}
-        values = json.loads(json.dumps(dict(state)))
-        arguments = (Path(run_dir), step, temporary, copies, values, keep_last, self._group)
-        self._step = step
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
-        self._thread.start()
+        writer = _RunWriter(run_dir, step, tensors, json.loads(json.dumps(dict(state))), keep_last)
+        self._under_way = engine.save_in_thread(tensors, writer, self._group, self._last), writer
 
     def wait(self) -> Path | None:
         """Waits for the save under way and returns the folder of the latest; None before the first.
 
         Raises its error once: OSError or ValueError, RuntimeError for a process that is gone.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
+        if self._under_way is None:
+            return self._written
+        future, writer = self._under_way
+        error, self._under_way = future.exception(), None
         if error is not None:
-            kind = (
-                OSError if isinstance(error, OSError) else ValueError if isinstance(error, ValueError) else RuntimeError
-            )
-            raise kind(f"checkpoint of step {self._step} is not written: {one_line(error)}") from error
+            writer.clear(self._group)
+            fault = engine.cause(error, self._group)
+            text = f"checkpoint of step {writer.step} is not written: {one_line(fault)}"
+            raise engine.same_kind(fault, text) from error
+        self._written = writer.path
         return self._written
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def _write(self, *arguments: Any) -> None:
-        try:
-            self._written = _finish(*arguments)
-        except Exception as error:
-            self._error = error
 
 
 def load_sharded(path: str | os.PathLike, targets: Groups) -> dict[str, Any]:
@@ -153,72 +145,75 @@ def latest_good_together(run_dir: str | os.PathLike, *, group: Group = None) -> 
     """The newest checkpoint whose files are all as they were written, None where a run has none yet; the same on all
     processes, which share the hashing. Collective.
 
-    Damaged ones are skipped; the first process warns and names the file. CheckpointError when all are damaged.
+    Damaged ones are skipped; the first process's log names the file. CheckpointError when all are damaged.
     """
     damaged: list[str] = []
-    for path in by_first(lambda: [folder for _, folder in reversed(list_checkpoints(run_dir))], group):
+    for path in gather([folder for _, folder in reversed(list_checkpoints(run_dir))], group)[0]:
         fault = _fault(path, group)
         if fault is not None:
             damaged.append(fault)
             continue
         for message in damaged if rank_of(group) == 0 else ():
-            warnings.warn(f"{message}; going on from {path.name}", stacklevel=2)
+            _log.warning("%s; going on from %s", message, path.name)
         return path
     if damaged:
-        raise CheckpointError(f"no good checkpoint in {Path(run_dir) / 'checkpoints'}: {damaged[0]}")
+        raise CheckpointError(f"no good checkpoint in {Path(run_dir) / FOLDER}: {damaged[0]}")
     return None
 
 
-def _begin(
-    run_dir: str | os.PathLike, tensors: Groups, keep_last: int | None, group: Group
-) -> tuple[Path, dict[str, dict[str, Part]]]:
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(f"keep_last must be >= 1, got {keep_last}")
-    parts = own_parts(tensors, group)
-    return by_first(lambda: begin(run_dir), group), parts
+class _RunWriter(engine.Writer):
+    """A checkpoint's folder. Every process writes one file of each group of which it has parts; the first one where it
+    has none, too, so that empty groups are there."""
 
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        step: int,
+        groups: Collection[str],
+        state: Mapping[str, Any],
+        keep_last: int | None,
+    ) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last must be >= 1, got {keep_last}")
+        self.step, self.path = step, step_path(run_dir, step)
+        self._run_dir, self._groups, self._state, self._keep_last = Path(run_dir), list(groups), state, keep_last
 
-def _finish(
-    run_dir: Path,
-    step: int,
-    temporary: Path,
-    parts: Mapping[str, Mapping[str, Part]],
-    state: dict[str, Any],
-    keep_last: int | None,
-    group: Group,
-) -> Path:
-    try:
-        entries: Entries = {}
-        for own in together(lambda: _write_own(temporary, parts, group), group):
-            entries |= own
-        return by_first(lambda: publish(run_dir, step, temporary, entries, state, keep_last), group)
-    finally:
+    def begin(self) -> Path:
+        self._folder = begin(self._run_dir)
+        return self._folder
+
+    def write(self, path: Path, rank: int, size: int, parts: list[Part]) -> Entries:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path.parent} must be a folder that all processes share")
+        suffix = SUFFIX if size == 1 else f"-{rank:05d}-of-{size:05d}{SUFFIX}"
+        entries = {}
+        for group in self._groups:
+            own = {p.name.removeprefix(f"{group}."): p for p in parts if p.name.startswith(f"{group}.")}
+            if own or rank == 0:
+                entries[f"{group}{suffix}"] = _write_file(path / f"{group}{suffix}", own, whole=size == 1)
+        sync(path)
+        return entries
+
+    def end(self, results: list[Entries]) -> None:
+        entries = {name: entry for own in results for name, entry in own.items()}
+        publish(self._run_dir, self.step, self._folder, entries, self._state, self._keep_last)
+
+    def clear(self, group: Group) -> None:
+        """Removes what was begun; after the end of it, or when it has failed."""
         if rank_of(group) == 0:
-            clear_partial(temporary.parent)
-
-
-def _write_own(temporary: Path, parts: Mapping[str, Mapping[str, Part]], group: Group) -> Entries:
-    """Writes this process's file of every group; the first process writes one even where it has nothing."""
-    rank, size = rank_of(group), size_of(group)
-    if not temporary.is_dir():
-        raise FileNotFoundError(f"{temporary.parent} must be a folder that all processes share")
-    entries = {}
-    for name, own in parts.items():
-        if own or rank == 0:
-            path = temporary / (f"{name}{SUFFIX}" if size == 1 else f"{name}-{rank:05d}-of-{size:05d}{SUFFIX}")
-            entries[path.name] = _write_file(path, own, whole=size == 1)
-    sync(temporary)
-    return entries
+            clear_partial(self.path.parent)
 
 
 def _write_file(path: Path, parts: Mapping[str, Part], whole: bool) -> dict[str, Any]:
     """Writes, hashes what is written, and waits for the disk."""
     places = {name: [part.shape, [start for start, _ in part.box]] for name, part in parts.items()}
     metadata = None if whole else {PARTS_KEY: json.dumps(places)}
-    start, order = plan_file({n: (part.values.shape, part.values.dtype) for n, part in parts.items()}, metadata)
-    digest = hashlib.sha256()
+    start, order = plan_file({n: ([b - a for a, b in part.box], part.dtype) for n, part in parts.items()}, metadata)
+    digest = hashlib.sha256(start)
     with open(path, "wb") as stream:
-        for data in _chunks(start, (parts[name].values for name in order)):
+        stream.write(start)
+        for name in order:
+            data = memory(parts[name].values())
             digest.update(data)
             stream.write(data)
         size = stream.tell()
@@ -226,31 +221,13 @@ def _write_file(path: Path, parts: Mapping[str, Part], whole: bool) -> dict[str,
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def _chunks(start: bytes, values: Any) -> Any:
-    yield start
-    for tensor in values:
-        yield memory(tensor)
-
-
 def _fault(path: Path, group: Group) -> str | None:
     """What is wrong with a checkpoint, the same text on all processes; None where it is good."""
-    manifest = by_first(lambda: _text_or(lambda: read_manifest(path)["files"]), group)
-    if isinstance(manifest, str):
-        return manifest
-    files = sorted(manifest.items())
-    everyone = list(range(size_of(group)))
-    chosen = share_out([entry["bytes"] for _, entry in files], [everyone] * len(files), size_of(group))
-    own = [
-        text if isinstance(text := _text_or(lambda: check_file(path / name, entry)), str) else None  # noqa: B023
-        for (name, entry), rank in zip(files, chosen, strict=True)
-        if rank == rank_of(group)
-    ]
-    faults = [fault for theirs in gather(own, group) for fault in theirs if fault is not None]
-    return min(faults) if faults else None
-
-
-def _text_or(work: Callable[[], Any]) -> Any:
+    fault = None
     try:
-        return work()
+        files = sorted(read_manifest(path)["files"].items(), key=lambda file: -file[1]["bytes"])
+        for name, entry in files[rank_of(group) :: size_of(group)]:
+            check_file(path / name, entry)
     except (ValueError, OSError) as error:
-        return one_line(error)
+        fault = one_line(error)
+    return min((theirs for theirs in gather(fault, group) if theirs is not None), default=None)

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from visionmoe.checkpoint import engine
 from visionmoe.checkpoint.errors import CheckpointError
 from visionmoe.checkpoint.mapping import compare, complain, our_shapes
-from visionmoe.checkpoint.parts import inside, own_parts, part_of
-from visionmoe.checkpoint.ranks import Group, by_first, together
 from visionmoe.checkpoint.sources import DirectorySource, Source, open_source
 from visionmoe.checkpoint.store import verify
 from visionmoe.checkpoint.stored import StoredTensors
 from visionmoe.config import ModelConfig, from_dict
+from visionmoe.distributed.world import Group
 from visionmoe.files import read_json, sync
 from visionmoe.model.pretrained import METADATA, Preprocessing, empty_tensor, pretrained_files
 from visionmoe.model.tensor_file import Box, memory, plan_file, write_box
@@ -52,8 +53,8 @@ def export_pretrained(
         preprocessing = from_dict(Preprocessing, state["preprocessing"])
     class_names = state.get("class_names") if class_names is None else class_names
     tensors = stored.groups[group]
-    complain(str(path), compare({name: whole.shape for name, whole in tensors.items()}, our_shapes(config)))
-    start, places = plan_file({name: (whole.shape, whole.dtype) for name, whole in tensors.items()}, METADATA)
+    complain(str(path), compare({name: tuple(whole.size) for name, whole in tensors.items()}, our_shapes(config)))
+    start, places = plan_file({name: (whole.size, whole.properties.dtype) for name, whole in tensors.items()}, METADATA)
     with pretrained_files(directory, config, preprocessing, class_names) as temporary, open(temporary, "wb") as stream:
         stream.write(start)
         for name, place in places.items():
@@ -76,27 +77,9 @@ def save_pretrained_sharded(
     the one model.safetensors. Collective; the directory is one that all processes see.
     """
     complain("the model's state", compare({n: tuple(t.shape) for n, t in model_state.items()}, our_shapes(config)))
-    parts = own_parts({"model": model_state}, group)["model"]
-    start, places = plan_file({name: (tuple(t.shape), t.dtype) for name, t in model_state.items()}, METADATA)
-
-    def write_own() -> None:
-        with open(path, "r+b") as stream:
-            for name, part in parts.items():
-                write_box(stream.fileno(), places[name], part.box, part.values)
-        sync(path)
-
-    with contextlib.ExitStack() as stack:
-
-        def prepare() -> Path:
-            temporary = stack.enter_context(pretrained_files(directory, config, preprocessing, class_names))
-            with open(temporary, "wb") as stream:
-                stream.write(start)
-                stream.truncate(len(start) + sum(place.nbytes for place in places.values()))
-            return temporary
-
-        path = by_first(prepare, group)
-        together(write_own, group)
-        by_first(stack.close, group)
+    writer = _ModelWriter(model_state, pretrained_files(directory, config, preprocessing, class_names))
+    with writer.begun:
+        engine.save(model_state, writer, group)
 
 
 def read_into_sharded(
@@ -114,19 +97,49 @@ def read_into_sharded(
     given = isinstance(path_or_name, str | os.PathLike)
     source = open_source(path_or_name, config) if given else path_or_name  # type: ignore[arg-type]
     assert not isinstance(source, str | os.PathLike)
-    source.check(())
     shapes = our_shapes(source.config)
+    source.check({name.partition(".")[0] for name in shapes} - {name.partition(".")[0] for name in targets})
     asked = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     complain("what is to be filled", compare(asked, {name: shapes[name] for name in asked if name in shapes}))
-    for name, tensor in targets.items():
-        part = part_of(name, tensor)
+
+    def read(part: MetadataIndex, box: Box, target: Tensor) -> None:
         if isinstance(source, DirectorySource):
-            source.read_box(name, part.box, part.values)
-            continue
-        whole = empty_tensor(shapes[name], source.dtype(name))
-        source.fill({name: whole})
-        part.values.copy_(whole[inside(part.box, tuple((0, size) for size in shapes[name]))])
+            source.read_box(part.fqn, box, target)
+            return
+        whole = empty_tensor(shapes[part.fqn], source.dtype(part.fqn))
+        source.fill({part.fqn: whole})
+        target.copy_(whole[engine.inside(box)])
+
+    whole_boxes = {name: tuple((0, size) for size in shape) for name, shape in asked.items()}
+    stored = {name: engine.stored_parts(asked[name], source.dtype(name), box) for name, box in whole_boxes.items()}
+    engine.load(targets, stored, read)
     return source
+
+
+class _ModelWriter(engine.Writer):
+    """One file of these tensors. files: yields its path, and gives it its name. begun: left with an error, it removes
+    what the first process has begun."""
+
+    def __init__(self, model_state: Mapping[str, Tensor], files: contextlib.AbstractContextManager[Path]) -> None:
+        shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model_state.items()}
+        self._start, self._places = plan_file(shapes, METADATA)
+        self._files, self.begun = files, contextlib.ExitStack()
+
+    def begin(self) -> Path:
+        path = self.begun.enter_context(self._files)
+        with open(path, "wb") as stream:
+            stream.write(self._start)
+            stream.truncate(len(self._start) + sum(place.nbytes for place in self._places.values()))
+        return path
+
+    def write(self, path: Path, rank: int, size: int, parts: list[engine.Part]) -> None:
+        with open(path, "r+b") as stream:
+            for part in parts:
+                write_box(stream.fileno(), self._places[part.name], part.box, part.values())
+        sync(path)
+
+    def end(self, results: list[None]) -> None:
+        self.begun.close()
 
 
 def _slices(shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:

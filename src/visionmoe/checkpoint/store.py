@@ -43,6 +43,11 @@ class RunState:
     state: dict[str, Any]
 
 
+def step_path(run_dir: str | os.PathLike, step: int) -> Path:
+    """The folder of a run's checkpoint."""
+    return Path(run_dir) / FOLDER / f"step_{step:08d}"
+
+
 def begin(run_dir: str | os.PathLike) -> Path:
     """A new folder in which the files of a checkpoint can be written before it has its name."""
     parent = Path(run_dir) / FOLDER
@@ -66,7 +71,7 @@ def publish(
     write_json(temporary / "state.json", {"step": step, **state})
     manifest = {"step": step, "files": {**entries, "state.json": _entry(temporary / "state.json")}}
     write_json(temporary / MANIFEST_NAME, {**manifest, "sha256": _own_digest(manifest)})
-    final = temporary.parent / f"step_{step:08d}"
+    final = step_path(run_dir, step)
     old = temporary.parent / f"{_OLD}{final.name}"
     if final.exists():
         if old.exists():
@@ -129,7 +134,13 @@ def load_run_state(path: str | os.PathLike, device: str | torch.device = "cpu") 
     path = Path(path)
     stored = StoredTensors.open(path, verify(path))
     state = read_json(path / "state.json")
-    tensors = {group: {n: stored.read(group, n, device) for n in names} for group, names in stored.groups.items()}
+    tensors = {
+        group: {
+            name: torch.empty(whole.size, dtype=whole.properties.dtype, device=device) for name, whole in own.items()
+        }
+        for group, own in stored.groups.items()
+    }
+    stored.fill(tensors)
     return RunState(step=state.pop("step"), tensors=tensors, state=state)
 
 

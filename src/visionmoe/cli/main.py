@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from visionmoe import __version__
 from visionmoe.allocation import keep_freed_memory
 from visionmoe.cli import options
-from visionmoe.cli.parse import UsageError, closest, expanded_shards, one_line, parse
+from visionmoe.cli.parse import UsageError, closest, expanded_shards, parse
 from visionmoe.cli.signals import SIGNALS, Stopped, ended_by_signals, exit_code, say
 from visionmoe.distributed import LAUNCHED
+from visionmoe.files import one_line
 
 # command -> (its options, the module whose function `run(options)` does it)
 COMMANDS = {

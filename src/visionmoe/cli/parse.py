@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import tyro
 
+from visionmoe.files import one_line
+
 T = TypeVar("T")
 _BOX = "╭╮╰╯│─"
 
@@ -60,10 +62,6 @@ def expanded_shards(arguments: Sequence[str]) -> str:
     if len(shards) == len(set(shards)):
         return ""
     return "; the shell has taken a pattern of shards apart: quote it, as 'wds:NAME-{000..127}.tar'"
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def closest(given: str, allowed: Iterable[str]) -> str:

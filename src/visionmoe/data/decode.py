@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.io import decode_jpeg
 
 from visionmoe.data.config import MAX_PIXELS
+from visionmoe.files import one_line
 
 # Listed, because Pillow also opens formats that start other programs (EPS) or that nobody trains on.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -89,8 +90,3 @@ def _from_array(pixels: np.ndarray, channels: int) -> np.ndarray:
     if channels == 3:
         return np.repeat(pixels, 3, axis=2)
     return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
-
-
-def one_line(error: object) -> str:
-    """The text of an error without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -19,12 +19,11 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfFileSystem
 
 from visionmoe.data.columns import class_labels, metadata_class_names, needs_all_splits, pick_columns
-from visionmoe.data.decode import one_line
 from visionmoe.data.indexing import alone, each, kept_below
 from visionmoe.data.parquet import FileIndex, ParquetSource, index_file, label_column, open_file
 from visionmoe.data.sources import DEFAULT_CACHE
 from visionmoe.data.splits import canonical_name, parse_split
-from visionmoe.files import atomic_write
+from visionmoe.files import atomic_write, one_line
 
 _REMOTE = "hf://"
 _KEY = b"visionmoe"  # of the schema's metadata, under which an index keeps its row groups

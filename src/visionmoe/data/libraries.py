@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionmoe.data.decode import one_line
 from visionmoe.data.sources import DEFAULT_CACHE, Source
 from visionmoe.data.splits import canonical_name, parse_split
+from visionmoe.files import one_line
 
 
 class TorchvisionSource(Source):

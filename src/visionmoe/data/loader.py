@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from visionmoe.data.batches import Batch, Batches, EvalBatches, TrainBatches
 from visionmoe.data.config import DataConfig
-from visionmoe.data.decode import one_line
 from visionmoe.data.sources import Source, open_source
 from visionmoe.distributed.world import current, gather
+from visionmoe.files import one_line
 
 _log = logging.getLogger(__name__)
 

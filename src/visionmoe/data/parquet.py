@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from visionmoe.data.decode import one_line
 from visionmoe.data.order import PHASES, Pieces
 from visionmoe.data.sources import Source
 from visionmoe.data.splits import files_by_split, parse_split
+from visionmoe.files import one_line
 
 try:
     import pyarrow as pa

@@ -10,9 +10,10 @@ from PIL import Image
 
 from visionmoe.config import check_names
 from visionmoe.data.config import MAX_PIXELS
-from visionmoe.data.decode import SUFFIXES, BrokenImageError, decode_image, one_line
+from visionmoe.data.decode import SUFFIXES, BrokenImageError, decode_image
 from visionmoe.data.order import Pieces
 from visionmoe.data.splits import canonical_name, parse_split, slice_indices
+from visionmoe.files import one_line
 
 KINDS = "fashion-mnist, folder:PATH, parquet:PATH, wds:SHARDS, torchvision:NAME, hf:NAME, hf-stream:NAME"
 DEFAULT_CACHE = Path("~/.cache/visionmoe")

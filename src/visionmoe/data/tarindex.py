@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from visionmoe.data.decode import SUFFIXES, one_line
+from visionmoe.data.decode import SUFFIXES
 from visionmoe.data.indexing import alone, each, kept_below
 from visionmoe.data.sources import DEFAULT_CACHE
-from visionmoe.files import atomic_write
+from visionmoe.files import atomic_write, one_line
 
 _log = logging.getLogger(__name__)
 INDEX_NAME = ".visionmoe-index.npz"

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from visionmoe.distributed import LAUNCHED
+from visionmoe.files import one_line
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None  # None: all processes of the job
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 TIMEOUT = datetime.timedelta(minutes=10)  # of one collective call: then a rank is taken to be lost
 _LOST = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "timed out waiting",
@@ -137,7 +139,7 @@ def lost_ranks_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if isinstance(error, LostRankError) or not any(sign in text.lower() for sign in _LOST):
             raise
         raise LostRankError(
@@ -145,12 +147,21 @@ def lost_ranks_named() -> Iterator[None]:
         ) from error
 
 
-def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def rank_of(group: Group) -> int:
+    """This process's rank in a group."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def size_of(group: Group) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def gather(value: T, group: Group = None) -> list[T]:
     """Every process's `value` (small, plain Python), by rank, on every process of the group (None: of the job).
     Collective."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if size_of(group) == 1:
         return [value]
-    values: list[T | None] = [None] * dist.get_world_size(group)
+    values: list[T | None] = [None] * size_of(group)
     dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]
 

@@ -56,7 +56,7 @@ def restore_training(path: Path, model: VisionTransformer, optimizer: ScheduledO
     targets: dict[str, dict[str, Tensor]] = {"model": dict(model.state_dict()), "optimizer": {}}
     for key, whole in stored.groups["optimizer"].items():
         param, placements = _of_state(optimizer, numbered, key)
-        targets["optimizer"][key] = empty_like(param, whole.shape, whole.dtype, placements)
+        targets["optimizer"][key] = empty_like(param, whole.size, whole.properties.dtype, placements)
     if ema is not None:
         if "ema" not in stored.groups:
             raise ValueError(f"{path} has no averaged parameters, but the run's config has ema_decay")
