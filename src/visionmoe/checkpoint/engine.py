@@ -84,7 +84,11 @@ def load_from(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
     """As `load`, from whole tensors in memory."""
     boxes = {name: tuple((0, size) for size in value.shape) for name, value in values.items()}
     stored = {name: stored_parts(tuple(v.shape), v.dtype, boxes[name]) for name, v in values.items()}
-    load(targets, stored, lambda part, box, target: target.copy_(values[part.fqn][inside(box)]))
+
+    def read(part: MetadataIndex, box: Box, target: Tensor) -> None:
+        target.copy_(values[part.fqn][inside(box)])
+
+    load(targets, stored, read)
 
 
 def read_box(name: str, stored: dcp.TensorStorageMetadata, box: Box, target: Tensor, read: Read) -> None:
