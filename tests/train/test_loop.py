@@ -106,7 +106,11 @@ def test_a_lost_terminal_is_a_request_to_stop(tmp_path):
         return {}
 
     config = dataclasses.replace(tiny(tmp_path / "run"), eval_every=2)
-    results = run_training(config, {"stop": hang_up}, show_progress=False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may have been started by nohup
+    try:
+        results = run_training(config, {"stop": hang_up}, show_progress=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert (results["status"], results["exit_code"], results["step"]) == ("interrupted", 129, 2)
     assert list_checkpoints(tmp_path / "run")[-1][0] == 2
 
