@@ -6,6 +6,12 @@ import ctypes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
+def give_back_freed_memory() -> None:
+    """To the system, what glibc has kept."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """glibc keeps freed blocks below 1 GiB for the next ones, and does not give them back to the system each time.
 

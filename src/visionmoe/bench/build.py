@@ -1,10 +1,12 @@
 """Models with random weights, made fast and of balanced routing, and what they need of memory."""
 
+import gc
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from visionmoe.allocation import give_back_freed_memory
 from visionmoe.bench.measure import DTYPES, LeftOutError
 from visionmoe.bench.run import available_bytes
 from visionmoe.config import ModelConfig
@@ -150,6 +152,8 @@ def needed_bytes(config: ModelConfig, dtype: str, batch: int, *, training: bool)
 
 def check_memory(needed: int, device: torch.device) -> None:
     """LeftOutError where the estimate passes nine tenths of the memory that is free."""
+    gc.collect()  # models of cases before
+    give_back_freed_memory()
     free = available_bytes(device)
     if free is not None and needed > 0.9 * free:
         raise LeftOutError(f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
