@@ -27,21 +27,27 @@ def relative(got, wanted):
     seed=st.integers(0, 2**31),
 )
 def test_attention_equals_plain(shape, scale, seed):
-    """Also where scores are in the tens, which bfloat16 would round by more than 0.1: they are float32."""
+    """Also where scores are in the tens, which bfloat16 would round by more than 0.1: they are float32.
+
+    Where differences of rounded values are left, torch's own operation is off as well, by up to 0.4: twice its error.
+    """
     torch.manual_seed(seed)
     batch, heads, tokens, dim = shape
     qkv = (scale * torch.randn(batch, tokens, 3, heads, dim)).bfloat16().requires_grad_()
-    exact = qkv.detach().double().requires_grad_()
+    exact, torchs = qkv.detach().double().requires_grad_(), qkv.detach().clone().requires_grad_()
     weight = torch.randn(shape).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(*(part.transpose(1, 2) for part in qkv.unbind(2)))
-    expected = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in exact.unbind(2)))
+    expected, usual = (
+        F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in given.unbind(2))) for given in (exact, torchs)
+    )
     assert out.dtype == torch.bfloat16 and out.grad_fn.name() == "_AttentionBackward"
     out.backward(weight)
     expected.backward(weight.double())
-    assert relative(out, expected) < 0.02
+    usual.backward(weight)
+    assert relative(out, expected) < 2 * relative(usual, expected) + 0.03
     # of one token the gradient of q and k is 0, and of few it is a difference of rounded values: so of all three
-    assert relative(qkv.grad, exact.grad) < 0.03
+    assert relative(qkv.grad, exact.grad) < 2 * relative(torchs.grad, exact.grad) + 0.03
 
 
 def test_attention_of_many_tokens_keeps_no_probabilities():
