@@ -156,7 +156,7 @@ def test_segments_with_filled_rows_and_fused_gelu_equal_plain(
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed, "PACKED_SIZE", packed_size)
         fused = run_segments(tokens, make_routing(torch.softmax(logits, -1)), low)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
     least = max(1.0, size**0.5 / 4)  # a bias's gradient sums `size` rounded terms, which may cancel
     assert [g.dtype for g in grads[2:]] == [p.dtype for p in low.parameters()]
     for got, wanted in zip([out, fused, *grads], [expected, expected, *expected_gradients], strict=True):
