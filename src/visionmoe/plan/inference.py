@@ -1,5 +1,8 @@
 """The widest moment of a forward pass without gradients, in bytes; kept is only what some frame still names."""
 
+from collections.abc import Iterator
+
+from visionmoe.config import ModelConfig
 from visionmoe.distributed.layout import Layout
 from visionmoe.model import packed
 from visionmoe.plan.work import Routed, Work, routed
@@ -13,12 +16,7 @@ def widest_moment(work: Work, layout: Layout) -> tuple[str, int, int]:
     height, width = config.image_hw
     pixels = c * images * config.in_channels * height * width
     moments = {"patch_embed": 3 * c * images * config.num_tokens * config.hidden_size}
-    copies = 1
-    for layer in range(config.num_layers):
-        sparse = layer in config.moe.layers
-        if sparse and layer == min(config.moe.layers):
-            copies = config.ensemble_size
-        tokens = images * copies * config.num_tokens
+    for layer, sparse, tokens in _layers(config, images):
         row = c * tokens * config.hidden_size
         block = f"blocks.{layer}"
         # the block's input, the norm's output, q, k and v, the attention's output, the projection's
@@ -73,12 +71,7 @@ def _packed(work: Work, layout: Layout) -> int:
     if work.gpu or not packed.available():
         return 0
     dim, width, experts, total = config.hidden_size, config.mlp_dim, config.moe.num_experts, 0
-    copies = 1
-    for layer in range(config.num_layers):
-        sparse = layer in config.moe.layers
-        if sparse and layer == min(config.moe.layers):
-            copies = config.ensemble_size
-        rows = images * copies * config.num_tokens
+    for layer, sparse, rows in _layers(config, images):
         stacks = [(3 * dim * dim, 1, rows), (dim * dim, 1, rows)]
         if not sparse:
             stacks += 2 * [(dim * width, 1, rows)]
@@ -86,6 +79,16 @@ def _packed(work: Work, layout: Layout) -> int:
             stacks += 2 * [(dim * width, experts, routed(config, layer, images).kept // experts)]
         total += sum(c * size * count for size, count, rows in stacks if _packs(size, count, rows, c))
     return total
+
+
+def _layers(config: ModelConfig, images: int) -> Iterator[tuple[int, bool, int]]:
+    """(block, whether it has experts, its tokens); an ensemble's copies of an image begin with the first sparse one."""
+    copies = 1
+    for layer in range(config.num_layers):
+        sparse = layer in config.moe.layers
+        if sparse and layer == min(config.moe.layers):
+            copies = config.ensemble_size
+        yield layer, sparse, images * copies * config.num_tokens
 
 
 def _packs(size: int, count: int, rows: int, item: int) -> bool:
