@@ -37,6 +37,16 @@ RUNS = ("start", "dense", "upcycled")
 
 def main() -> None:
     arguments = parse()
+    try:
+        measure(arguments)
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    if arguments.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
     rows = []
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         row = one_seed(arguments, seed)
@@ -141,7 +151,10 @@ def with_moe(model: VisionTransformer, base: TrainConfig, assignments: list[str]
     changed = assign(dataclasses.replace(base, model=model.config), [f"model.moe.{text}" for text in assignments])
     assert changed.model is not None
     new = create_model(changed.model)
-    new.load_state_dict(model.state_dict())
+    try:
+        new.load_state_dict(model.state_dict())
+    except RuntimeError:
+        raise ValueError(f"--moe must not change parameters' names or shapes, got {' '.join(assignments)}") from None
     new.class_names, new.preprocessing = model.class_names, model.preprocessing
     return new
 

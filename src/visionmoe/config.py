@@ -197,6 +197,10 @@ class ModelConfig:
         """Rows of logits per image: M with ensemble routing, else 1."""
         return self.moe.ensemble_size if self.moe.layers else 1
 
+    def copies(self, layer: int) -> int:
+        """Of an image in block `layer`: those of an ensemble's members begin with the first block that has experts."""
+        return self.ensemble_size if layer >= min(self.moe.layers, default=self.num_layers) else 1
+
     def replace(self, **overrides: Any) -> Self:
         """A copy with some options changed; names of `MoEConfig` go to `moe`. Unknown names are ValueErrors.
 

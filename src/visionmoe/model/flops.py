@@ -25,14 +25,11 @@ def count_flops(
     tokens, dim = config.num_tokens, config.hidden_size
     patch = config.patch_hw[0] * config.patch_hw[1] * config.in_channels
     multiply_adds: float = config.grid[0] * config.grid[1] * patch * dim
-    copies = 1
     for layer in range(config.num_layers):
         sparse = layer in config.moe.layers
-        if sparse and layer == min(config.moe.layers):
-            copies = config.ensemble_size
         mlp = _moe(model, config, layer, batch_size) if sparse else tokens * 2 * dim * config.mlp_dim
-        multiply_adds += copies * (tokens * 4 * dim * dim + 2 * tokens * tokens * dim + mlp)
-    return round(2 * (multiply_adds + copies * _head(config) + _probe(config, batch_size)))
+        multiply_adds += config.copies(layer) * (tokens * 4 * dim * dim + 2 * tokens * tokens * dim + mlp)
+    return round(2 * (multiply_adds + config.ensemble_size * _head(config) + _probe(config, batch_size)))
 
 
 def _moe(model: VisionTransformer, config: ModelConfig, layer: int, batch_size: int | None) -> float:

@@ -82,13 +82,9 @@ def _packed(work: Work, layout: Layout) -> int:
 
 
 def _layers(config: ModelConfig, images: int) -> Iterator[tuple[int, bool, int]]:
-    """(block, whether it has experts, its tokens); an ensemble's copies of an image begin with the first sparse one."""
-    copies = 1
+    """(block, whether it has experts, its tokens)."""
     for layer in range(config.num_layers):
-        sparse = layer in config.moe.layers
-        if sparse and layer == min(config.moe.layers):
-            copies = config.ensemble_size
-        yield layer, sparse, images * copies * config.num_tokens
+        yield layer, layer in config.moe.layers, images * config.copies(layer) * config.num_tokens
 
 
 def _packs(size: int, count: int, rows: int, item: int) -> bool:

@@ -35,19 +35,15 @@ class Operation:
 def operations(work: Work, layout: Layout) -> list[Operation]:
     """All operations of one part of a device's batch, in the order of the forward pass."""
     config, images = work.config, work.images(layout.size)
-    copies = 1
     found = list(_embedding(config, work, images))
     for layer in range(config.num_layers):
-        sparse = layer in config.moe.layers
-        if sparse and layer == min(config.moe.layers):
-            copies = config.ensemble_size
-        tokens = images * copies * config.num_tokens
+        tokens = images * config.copies(layer) * config.num_tokens
         found += _attention(config, work, f"blocks.{layer}", tokens)
-        if not sparse:
+        if layer not in config.moe.layers:
             found += _mlp(config, work, f"blocks.{layer}", tokens)
             continue
         found += _sparse(config, work, layout, layer, tokens, routed(config, layer, images))
-    return found + list(_head(config, work, images * copies))
+    return found + list(_head(config, work, images * config.ensemble_size))
 
 
 def _embedding(config: ModelConfig, work: Work, images: int) -> Iterator[Operation]:
