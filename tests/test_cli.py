@@ -56,6 +56,11 @@ def workplace(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
+def test_load_takes_a_run_as_the_commands_do(trained):
+    state = vm.load(trained / "model").state_dict()
+    assert all(tensor.equal(state[name]) for name, tensor in vm.load(trained).state_dict().items())
+
+
 MISTAKES = {
     "unknown command": ("trian", "unknown command 'trian'; did you mean 'train'?"),
     "unknown option": ("train --stepz 3", "--stepz"),

@@ -16,6 +16,7 @@ from visionmoe.evaluate.forward import Batch
 from visionmoe.evaluate.speed import FRACTIONS, Speed, budget_for_speed
 from visionmoe.evaluate.tune import (
     Tuned,
+    _verdict,
     check_budget,
     flops_at,
     lowest_routing,
@@ -265,3 +266,13 @@ def test_lowest_routing_is_the_cheapest(model: vm.VisionTransformer):
     for k, level in itertools.product((1, 2), (0.1, 0.5)):
         routing = {layer: RoutingSetting(k, level / k, True) for layer in (1, 3)}
         assert flops_at(model, routing) >= lowest
+
+
+@pytest.mark.parametrize(("others", "said"), [((1.9, 2.3), "lower"), ((-0.1, 0.3), "higher")])
+def test_the_verdict_says_which_loss_is_lower(others, said):
+    tuned = {"image_losses": (1.0, 1.2), "top1": 0.5}
+    uniform = {
+        "image_losses": others,
+        "top1": 0.5,
+    }  # 0.9 and 1.1 more, or 1.1 and 0.9 less: 1.0, standard error 0.2 / sqrt(2) / sqrt(2)
+    assert f"the loss is 1.0000 +- 0.1000 {said} than with the uniform" in _verdict(False, tuned, uniform)[1]

@@ -293,6 +293,10 @@ def test_set_routing():
     [
         ({"num_selected_experts": 5}, "num_selected_experts must be between 1 and 4, got 5"),
         ({"capacity_factor": 0.0}, "capacity_factor must be > 0 and finite, got 0.0"),
+        ({"capacity_factor": "a"}, "capacity_factor must be float, got 'a'"),
+        ({"num_selected_experts": 1.5}, "num_selected_experts must be int, got 1.5"),
+        ({"num_selected_experts": True}, "num_selected_experts must be int, got True"),
+        ({"batch_priority": "yes"}, "batch_priority must be bool, got 'yes'"),
         ({"capacity_factor": float("nan")}, "capacity_factor must be > 0 and finite, got nan"),
         ({"layers": [0], "capacity_factor": 1.0}, r"layers must be among \(1, 3\), got \[0\]"),
     ],

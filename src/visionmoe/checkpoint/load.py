@@ -28,10 +28,11 @@ def load(
 ) -> VisionTransformer:
     """Returns a model with stored parameters (float32), in evaluation mode.
 
-    path_or_name: a directory that `save_pretrained` wrote; "hf-hub:USER/NAME[@REVISION]", such a directory on the
-    Hugging Face hub, downloaded into its cache (or `cache_dir`); the PREFIX of a checkpoint in the released format, or
-    a dense ViT's .npz, with `config` (a ModelConfig, or the path of a config.json, ours or the reference's); or the
-    name of a published checkpoint, downloaded once into `cache_dir` (default $VISIONMOE_CACHE or ~/.cache/visionmoe).
+    path_or_name: a directory that `save_pretrained` wrote; a finished run's folder; "hf-hub:USER/NAME[@REVISION]", such
+    a directory on the Hugging Face hub, downloaded into its cache (or `cache_dir`); the PREFIX of a checkpoint in the
+    released format, or a dense ViT's .npz, with `config` (a ModelConfig, or the path of a config.json, ours or the
+    reference's); or the name of a published checkpoint, downloaded once into `cache_dir` (default $VISIONMOE_CACHE or
+    ~/.cache/visionmoe).
     new_head: start with a zero-initialised head; so does a changed num_classes.
     overrides: options of ModelConfig and MoEConfig. image_size resizes learned position embeddings;
     representation_size=None drops the layer before the head. Options that change other shapes are ValueErrors.

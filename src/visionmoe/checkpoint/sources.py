@@ -143,6 +143,8 @@ def open_source(
         if config is not None:
             raise ValueError(f"{path} has a config of its own; config is for checkpoint prefixes")
         return DirectorySource(fetch(*split_name(path.removeprefix(HUB)), cache_dir))
+    if os.path.isfile(os.path.join(path, "model", CONFIG_NAME)):
+        path = os.path.join(path, "model")  # of a run
     prefix = path.removesuffix(".index")
     has_index = os.path.isfile(f"{prefix}.index")
     if os.path.isfile(os.path.join(path, CONFIG_NAME)) or (os.path.isdir(path) and not has_index):

@@ -317,7 +317,8 @@ def _verdict(
     gains = np.array(uniform["image_losses"], float) - np.array(tuned["image_losses"], float)
     error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else math.inf
     said = (
-        f"on the check images the loss is {gains.mean():.4f} +- {error:.4f} lower than with the uniform setting, "
+        f"on the check images the loss is {abs(gains.mean()):.4f} +- {error:.4f} "
+        f"{'lower' if gains.mean() >= 0 else 'higher'} than with the uniform setting, "
         f"top-1 {tuned['top1']:.2%} against {uniform['top1']:.2%}"
     )
     if gains.mean() > 2 * error and tuned["top1"] >= uniform["top1"]:

@@ -47,7 +47,7 @@ def experts_by_class(
         for axis in axes[len(shares) :]:
             axis.set_axis_off()
         bar = figure.colorbar(picture, ax=list(axes), shrink=0.9, pad=0.02)
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         bar.outline.set_visible(False)
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
         save(figure, path)
@@ -81,7 +81,7 @@ def experts_by_position(
                 if expert % columns == 0:
                     axis.set_ylabel(f"block {layer}", fontsize=9)
         bar = figure.colorbar(picture, ax=list(axes.ravel()), shrink=0.9, pad=0.01)
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         bar.outline.set_visible(False)
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
         save(figure, path)

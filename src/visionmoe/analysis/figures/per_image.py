@@ -77,7 +77,7 @@ def _distribution(axis: Axes, shares: Sequence[float]) -> None:
     mean = sum(shares) / len(shares)
     axis.axvline(mean, color=GREY, linestyle="--", linewidth=1.2, label=f"mean {mean:.0%}")
     axis.set(title="All images", xlabel="share of its routing requests that an image keeps", ylabel="images")
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.legend(loc="upper right")
 
 

@@ -31,7 +31,7 @@ def combine_weights(path: str | os.PathLike, counts: Mapping[int, np.ndarray], t
                 axis.stairs(share, edges, fill=True, alpha=0.55, color=colour, label=name if len(table) > 1 else None)
                 axis.stairs(share, edges, color=colour, linewidth=1.2)
             axis.set(title=f"block {layer}", xlabel="router's probability", xlim=(0, 1))
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[0].set_ylabel("share of tokens")
         if len(next(iter(counts.values()))) > 1:
             axes[0].legend(loc="upper right")
@@ -50,7 +50,7 @@ def entropies(path: str | os.PathLike, counts: Mapping[int, np.ndarray], highest
             mean = (share * (edges[:-1] + edges[1:]) / 2).sum()
             axis.axvline(mean, color="#333333", linewidth=1, linestyle=":")
             axis.set(title=f"block {layer}: {mean:.2f} bits in the mean", xlabel="entropy in bits", xlim=(0, highest))
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[0].set_ylabel("share of tokens")
         save(figure, path)
 
@@ -71,7 +71,7 @@ def expert_load(
             axis.set(title=f"block {layer}: {dropped.sum():.1%} dropped", xlabel="expert")
             if len(experts) <= 16:
                 axis.set_xticks(experts)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
             axis.set_ylim(0, 1.35 * (asked[layer] / total).max())
         axes[0].set_ylabel("share of requests")
         axes[0].legend(loc="upper right", ncols=3, fontsize=8, columnspacing=1.0, handlelength=1.4)
@@ -163,7 +163,7 @@ def position_maps(
             bar = figure.colorbar(picture, ax=list(line), shrink=0.9, pad=0.02)
             bar.outline.set_visible(False)
             if name in shares:
-                bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+                bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         _title(figure, title)
         save(figure, path)
 

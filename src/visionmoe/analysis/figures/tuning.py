@@ -52,7 +52,7 @@ def _levels(axis: Axes, routings: Mapping[str, LayerSettings]) -> None:
         axis.bar(x, heights, width * 0.92, color=colours.get(name, GREEN), label=name)
         for at, height, layer in zip(x, heights, layers, strict=True):
             setting = routing[layer]
-            text = f"K={setting.num_selected_experts}\nC={setting.capacity_factor:.2g}"
+            text = f"K={setting.num_selected_experts}\nC={setting.capacity_factor:.3g}"
             axis.annotate(text, (at, height), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(layers)), labels=[f"block {layer}" for layer in layers])
     axis.set(title="What each layer pays for", ylabel="experts per token, K x min(1, C)")
