@@ -271,8 +271,5 @@ def test_lowest_routing_is_the_cheapest(model: vm.VisionTransformer):
 @pytest.mark.parametrize(("others", "said"), [((1.9, 2.3), "lower"), ((-0.1, 0.3), "higher")])
 def test_the_verdict_says_which_loss_is_lower(others, said):
     tuned = {"image_losses": (1.0, 1.2), "top1": 0.5}
-    uniform = {
-        "image_losses": others,
-        "top1": 0.5,
-    }  # 0.9 and 1.1 more, or 1.1 and 0.9 less: 1.0, standard error 0.2 / sqrt(2) / sqrt(2)
+    uniform = {"image_losses": others, "top1": 0.5}  # by 0.9 and 1.1 apart: deviation 0.1 sqrt(2), error 0.1
     assert f"the loss is 1.0000 +- 0.1000 {said} than with the uniform" in _verdict(False, tuned, uniform)[1]
