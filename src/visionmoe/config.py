@@ -104,6 +104,7 @@ class MoEConfig:
 
     def check_routing(self, setting: RoutingSetting) -> None:
         """Raises ValueError when `setting` cannot be used with these experts."""
+        from_dict(RoutingSetting, to_dict(setting))  # types
         experts_seen = self.num_experts // self.ensemble_size
         if not 1 <= setting.num_selected_experts <= experts_seen:
             raise ValueError(

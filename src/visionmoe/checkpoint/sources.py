@@ -143,8 +143,7 @@ def open_source(
         if config is not None:
             raise ValueError(f"{path} has a config of its own; config is for checkpoint prefixes")
         return DirectorySource(fetch(*split_name(path.removeprefix(HUB)), cache_dir))
-    if os.path.isfile(os.path.join(path, "model", CONFIG_NAME)):
-        path = os.path.join(path, "model")  # of a run
+    path = model_of_run(path)
     prefix = path.removesuffix(".index")
     has_index = os.path.isfile(f"{prefix}.index")
     if os.path.isfile(os.path.join(path, CONFIG_NAME)) or (os.path.isdir(path) and not has_index):
@@ -169,6 +168,12 @@ def open_source(
     # The configs of some pretraining runs are not public: whether they had this layer the checkpoint says.
     width = vmoe.shapes.get("pre_logits/bias", (None,))[0]
     return ReferenceSource(vmoe, entry.config.replace(representation_size=width))
+
+
+def model_of_run(path: str) -> str:
+    """PATH/model where `path` is the folder of a run that has one, else `path`."""
+    model = os.path.join(path, "model")
+    return model if os.path.isfile(os.path.join(model, CONFIG_NAME)) else path
 
 
 def on_disk(path: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visionmoe.checkpoint.load import load
-from visionmoe.checkpoint.sources import on_disk
+from visionmoe.checkpoint.sources import model_of_run, on_disk
 from visionmoe.checkpoint.store import FOLDER, MANIFEST_NAME, list_checkpoints
 from visionmoe.checkpoint.streaming import load_streamed
 from visionmoe.cli.options import ModelOnImages
@@ -17,7 +17,6 @@ from visionmoe.data.config import DataConfig
 from visionmoe.data.loader import EvalLoader
 from visionmoe.data.sources import KINDS, may_download
 from visionmoe.distributed.world import choose_device, current, first_before_others, own_device
-from visionmoe.model.pretrained import CONFIG_NAME
 from visionmoe.model.vit import VisionTransformer
 from visionmoe.train.config import read_config
 
@@ -52,8 +51,8 @@ def model_folder(path: str, *, or_checkpoint: bool = False) -> str:
     if not path:
         raise ValueError("the model's path is empty")
     folder = Path(path)
-    if (folder / "model" / CONFIG_NAME).is_file():
-        return str(folder / "model")
+    if (model := model_of_run(path)) != path:
+        return model
     if (folder / FOLDER).is_dir() or (folder / "log.jsonl").is_file():
         checkpoints = list_checkpoints(folder)
         instead = f", or convert its checkpoint: {_converting(checkpoints[-1][1])}" if checkpoints else ""

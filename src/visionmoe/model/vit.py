@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionmoe.config import ModelConfig, RoutingSetting, from_dict, to_dict
+from visionmoe.config import ModelConfig
 from visionmoe.model.hub import HubModel
 from visionmoe.model.layers import Attention, AttentionPool, Block, Mlp
 from visionmoe.model.moe import MoE, SoftMoE
@@ -177,8 +177,6 @@ class VisionTransformer(nn.Module, HubModel):
                  "batch_priority": batch_priority}  # fmt: skip
         given = {k: v for k, v in given.items() if v is not None}
         moe = self.config.moe
-        typed = from_dict(RoutingSetting, to_dict(moe.routing()) | given)
-        given = {k: getattr(typed, k) for k in given}
         if not moe.layers or moe.router == "soft":
             raise ValueError(f"set_routing needs a model with sparse layers, got {self.config.moe.router!r} routing "
                              f"in layers {self.moe_layers}")  # fmt: skip
